@@ -1,0 +1,785 @@
+"""SparseGrad: fine-tune the MLP layers of a transformer through sparse gradients.
+
+After Chekalina et al., "SparseGrad: A Selective Method for Efficient Fine-tuning of
+MLP Layers", EMNLP 2024, arXiv 2410.07383. One file; it needs torch and nothing else.
+
+    bases = find_bases(model, loader)            # 30 steps of back-propagation, then HOSVD
+    print(patch_model(model, bases, k=0.01))     # MLP linears become SparseGradLinear
+    optimizer = SparseGradAdamW(model.parameters(), lr=1e-4)
+    ...                                          # your training loop, unchanged
+    unpatch_model(model)                         # plain linears again, same outputs
+
+In the right basis almost all the energy of a weight gradient sits in a few entries. So
+rotate the gradient into that basis, keep its k largest entries, train only those.
+
+    T            tokens: all leading dimensions of an input, flattened
+    W            (out, in)     pretrained weight, frozen; in code `residual`
+    U            (in, r_in)    basis of the input side, orthonormal columns, falling energy
+    V            (out, r_out)  basis of the output side, likewise
+    C            (r_out, r_in) the trainable `core`, zero at first
+    G = dYᵀ X    (out, in)     the gradient an ordinary linear would have
+
+    forward      y = x (W + V C Uᵀ)ᵀ + b
+    backward     dL/dC = Vᵀ G U = (dY V)ᵀ (x U), then only its k largest entries
+                 dL/dx = dY (W + V C Uᵀ),  dL/db = Σ_tokens dY
+
+The paper (§3.2) trains W̃ = Vᵀ W U itself. With complete bases V C Uᵀ + W = V (C + W̃) Uᵀ:
+C is W̃ less its initial value, with the same gradient and the same Adam steps. Starting
+at zero makes an untrained layer equal the linear bit for bit, lets the bases be
+truncated (r < out, in) or absent, keeps tiny updates from vanishing in a bf16 W, and
+leaves in C exactly what training changed, which is all that has to be saved. A basis
+that is None stands for the identity; with neither basis this is the paper's MeProp.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+# ------------------------------------------------------------------ unfolding and HOSVD
+
+
+def unfold(tensor: Tensor, mode: int) -> Tensor:
+    """Mode-`mode` unfolding (§3.1): `(d0, ..., dn)` -> `(d_mode, product of the others)`."""
+    return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
+
+
+def hosvd(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Higher-order SVD by unfoldings (§3.1), the textbook form.
+
+    Returns the core tensor and one factor a mode: the left singular vectors of that
+    mode's unfolding, `(d_mode, min(d_mode, product of the others))`, columns by falling
+    singular value. Multiplying the core by every factor gives `tensor` back.
+    """
+    factors = [torch.linalg.svd(unfold(tensor, mode), full_matrices=False).U for mode in range(tensor.dim())]
+    core = tensor
+    for factor in factors:  # contract the leading mode; the new one goes last
+        core = torch.tensordot(core, factor, dims=([0], [0]))
+    return core, factors
+
+
+# ------------------------------------------------------------------------ which layers
+
+MLP_LINEARS = (
+    r"(.*\.)?("
+    r"(?<!attention\.)(intermediate|output)\.dense"  # BERT, RoBERTa, ViT of transformers 4
+    r"|ffn\.lin[12]"  # DistilBERT
+    r"|mlp\.fc[12]"  # ViT of transformers 5
+    r"|mlp\.(up|down)_proj"  # LLaMA, Mistral, Qwen2 (§5.2 leaves gate_proj alone)
+    r"|DenseReluDense\.w(i|i_0|i_1|o)"  # T5
+    r"|mlp\.c_(fc|proj)"  # GPT-2
+    r")"
+)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or the Conv1D of GPT-2 (known by name: transformers is not imported)."""
+    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+        return False
+    return module.weight.dim() == 2 and module.weight.is_floating_point()
+
+
+def _out_in(linear: nn.Module, tensor: Tensor) -> Tensor:
+    """`tensor`, shaped as the weight of `linear`, as an `(out, in)` view."""
+    return tensor if isinstance(linear, nn.Linear) else tensor.T
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def mlp_linears(model: nn.Module, target_modules: str | Iterable[str] | None = None) -> dict[str, nn.Module]:
+    """Name -> linear layer, of the layers that SparseGrad is to train.
+
+    `target_modules` is as in PEFT: a regex that matches whole names, or a list of names
+    or name endings. Without it, the MLP linears of BERT, RoBERTa, DistilBERT, ViT, LLaMA,
+    Mistral, Qwen2, T5 and GPT-2 are found by name. Raises ValueError, with the linear
+    layers there are, if none match.
+    """
+    linears = {name: m for name, m in model.named_modules() if name and _is_linear(m)}
+    if target_modules is None or isinstance(target_modules, str):
+        pattern = re.compile(target_modules or MLP_LINEARS)
+        found = {name: m for name, m in linears.items() if pattern.fullmatch(name)}
+    else:
+        endings = tuple(target_modules)
+        found = {name: m for name, m in linears.items() if any(f".{name}".endswith(f".{e}") for e in endings)}
+    if any(isinstance(m, SparseGradLinear) for m in model.modules()):
+        raise ValueError("the model has SparseGrad layers already; unpatch_model(model) takes them out")
+    if not found:
+        wanted = "no MLP of a known family" if target_modules is None else f"nothing that matches {target_modules!r}"
+        kinds = sorted({_role(name) for name in linears}) or ["none"]
+        raise ValueError(f"{wanted} in this model; pass target_modules. Its linear layers: {', '.join(kinds)}")
+    return found
+
+
+def _role(name: str) -> str:
+    """The name with block numbers struck out: layers of one role share it."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
+
+
+# ------------------------------------------------------------- gradients and their bases
+
+
+class Basis(nn.Module):
+    """An orthonormal basis for each side of a weight gradient (§3.1).
+
+    U `(in, r_in)`, V `(out, r_out)`: orthonormal columns by falling energy, or None for
+    a side that is not rotated. A module, so that layers can share one and `.to()` moves it.
+    """
+
+    def __init__(self, U: Tensor | None = None, V: Tensor | None = None):
+        super().__init__()
+        self.register_buffer("U", U)
+        self.register_buffer("V", V)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{s}={None if b is None else tuple(b.shape)}" for s, b in (("U", self.U), ("V", self.V)))
+
+
+def _model_loss(model: nn.Module, batch) -> Tensor:
+    device = next(model.parameters()).device
+    loss = model(**{key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}).loss
+    if loss is None:
+        raise ValueError("the model gave no loss: put labels in the batches, or pass loss_fn(model, batch)")
+    return loss
+
+
+def _back_propagate(model, linears, batches, n_steps, lr, loss_fn, callback, visit: Callable[[str, Tensor], None]):
+    """Run `n_steps` of training of `linears` alone, show `visit` each weight gradient
+    `(out, in)` in fp32 or better, and leave the model as it was, come what may."""
+    weights = {name: linear.weight for name, linear in linears.items()}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    kept = [(w, w.data, w.grad) for w in weights.values()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    optimizer, step = None, -1
+    try:
+        model.train().requires_grad_(False)
+        for weight in weights.values():
+            weight.grad = None
+            weight.requires_grad_(True)
+        if lr:  # train copies, in fp32 or better: Adam's epsilon and tiny steps vanish in half precision
+            masters = [nn.Parameter(w.detach().to(_at_least_fp32(w.dtype), copy=True)) for w in weights.values()]
+            optimizer = torch.optim.AdamW(masters, lr=lr)
+            for weight, master in zip(weights.values(), masters):
+                weight.data = master.data.to(weight.dtype)  # the master itself where the dtypes agree
+        for step, batch in enumerate(itertools.islice(batches, n_steps)):
+            with torch.enable_grad():
+                loss = loss_fn(model, batch)
+                loss.backward()
+            for name, weight in weights.items():
+                if weight.grad is None:
+                    raise ValueError(f"the loss does not depend on {name}: leave it out of target_modules")
+                grad = _out_in(linears[name], weight.grad)
+                visit(name, grad.to(_at_least_fp32(grad.dtype)))
+            if optimizer:
+                for weight, master in zip(weights.values(), masters):
+                    master.grad = weight.grad.to(master.dtype)
+                optimizer.step()
+                for weight, master in zip(weights.values(), masters):
+                    weight.data.copy_(master.data)
+            for weight in weights.values():
+                weight.grad = None
+            if callback:
+                callback(step, loss.detach())
+    finally:
+        for weight, data, grad in kept:
+            weight.data, weight.grad = data, grad
+        for buffer, before in buffers:
+            with torch.no_grad():
+                buffer.copy_(before)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        for m, mode in modes:
+            m.training = mode
+    if step < 0:
+        raise ValueError("no batches: gradients cannot be collected from an empty iterable")
+
+
+def collect_gradients(
+    model: nn.Module,
+    batches: Iterable,
+    target_modules: str | Iterable[str] | None = None,
+    *,
+    n_steps: int = 30,
+    lr: float = 5e-5,
+    loss_fn: Callable[[nn.Module, object], Tensor] = _model_loss,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> dict[str, Tensor]:
+    """Name -> weight gradients `(steps, out, in)` of the MLP linears, fp32 or better (§3.1).
+
+    The arguments are those of `find_bases`, which needs no such stack; use this to look.
+    """
+    linears = mlp_linears(model, target_modules)
+    stack = {name: [] for name in linears}
+    visit = lambda name, grad: stack[name].append(grad.clone())  # noqa: E731
+    _back_propagate(model, linears, batches, n_steps, lr, loss_fn, callback, visit)
+    return {name: torch.stack(grads) for name, grads in stack.items()}
+
+
+def find_bases(
+    model: nn.Module,
+    batches: Iterable,
+    target_modules: str | Iterable[str] | None = None,
+    *,
+    share: str = "role",
+    sides: str = "both",
+    rank: int | None = None,
+    n_steps: int = 30,
+    lr: float = 5e-5,
+    loss_fn: Callable[[nn.Module, object], Tensor] = _model_loss,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> dict[str, Basis]:
+    """Name of layer -> Basis: the HOSVD of §3.1, streamed.
+
+    The left singular vectors of an unfolding are the eigenvectors of its Gram matrix, a
+    sum over the gradients: `Σ G Gᵀ` gives V, `Σ Gᵀ G` gives U. Memory is those two
+    matrices, `(out, out)` and `(in, in)`, however many steps are taken.
+
+    Trains the MLP linears alone by AdamW, in train mode, on at most `n_steps` of
+    `batches`, at learning rate `lr` (0: stay in place, no optimizer memory), then undoes
+    it: weights, buffers, flags, modes and gradients are as before, also after an error.
+
+    share: "role", one basis for all blocks' layers of a role, as in the paper; "layer", one each.
+    sides: "both"; "narrow", only the shorter side of each weight (the input side of a square one).
+    rank: columns to keep a side; None, all of them (complete bases, as in the paper).
+    loss_fn: `loss_fn(model, batch)`; default, `.loss` of `model(**batch)`.
+    callback: called as `callback(step, loss)` after each step, for a progress bar or log.
+
+    Raises ValueError for options that do not fit the model, no batches, or gradients
+    that are zero or not finite.
+    """
+    linears = mlp_linears(model, target_modules)
+    if share not in ("role", "layer") or sides not in ("both", "narrow"):
+        raise ValueError(f"share is 'role' or 'layer' and sides 'both' or 'narrow', not {share!r} and {sides!r}")
+    shapes = {name: tuple(_out_in(linear, linear.weight).shape) for name, linear in linears.items()}
+    for name, shape in shapes.items():
+        if rank is not None and not 1 <= rank <= min(shape):
+            raise ValueError(f"rank is {rank}, but {name} {shape} has room for 1 to {min(shape)} columns a side")
+    groups = {name: (_role(name), shapes[name]) if share == "role" else name for name in linears}
+    grams: dict[object, list[Tensor | None]] = {}
+
+    def visit(name: str, grad: Tensor) -> None:
+        out, in_ = grad.shape
+        if groups[name] not in grams:
+            rotated = (True, True) if sides == "both" else (in_ <= out, out < in_)
+            grams[groups[name]] = [grad.new_zeros(d, d) if on else None for d, on in zip((in_, out), rotated)]
+        gram_in, gram_out = grams[groups[name]]
+        if gram_in is not None:
+            gram_in.addmm_(grad.T, grad)  # (in, out) @ (out, in)
+        if gram_out is not None:
+            gram_out.addmm_(grad, grad.T)  # (out, in) @ (in, out)
+
+    _back_propagate(model, linears, batches, n_steps, lr, loss_fn, callback, visit)
+    bases = {}
+    for group, pair in grams.items():
+        name = next(n for n, g in groups.items() if g == group)
+        U, V = (None if gram is None else _eigenbasis(gram, rank, name) for gram in pair)
+        bases[group] = Basis(U, V)
+    return {name: bases[groups[name]] for name in linears}
+
+
+def _eigenbasis(gram: Tensor, rank: int | None, name: str) -> Tensor:
+    """Eigenvectors `(n, rank)` of a Gram matrix `(n, n)`, by falling eigenvalue."""
+    energy = gram.trace()
+    if not 0 < energy < math.inf:
+        raise ValueError(f"the gradients of {name} are {'zero' if energy == 0 else 'not finite'}: no basis in them")
+    vectors = torch.linalg.eigh(gram.double()).eigenvectors  # float64: orthogonal to 1e-7 once rounded
+    return vectors.flip(1)[:, :rank].to(gram.dtype).contiguous()
+
+
+# ------------------------------------------------------------------------ sparse gradients
+
+
+def topk_coo(grad: Tensor, k: int) -> Tensor:
+    """The `k` entries of `grad` (rows, columns) largest in magnitude, as a coalesced COO
+    tensor (§3.3). No device synchronisation. Raises ValueError unless 1 <= k <= numel."""
+    flat = grad.flatten()
+    if not 1 <= k <= flat.numel():
+        raise ValueError(f"k is {k}, but a gradient {tuple(grad.shape)} has 1 to {flat.numel()} entries to keep")
+    index = flat.abs().topk(k, sorted=False).indices.sort().values  # row-major order is coalesced order
+    columns = grad.shape[1]
+    # Strided so on purpose: autograd hands contiguous indices on without the mark "coalesced".
+    indices = torch.stack((index // columns, index % columns), dim=1).T  # (2, k)
+    return torch.sparse_coo_tensor(indices, flat[index], grad.shape, is_coalesced=True, check_invariants=False)
+
+
+def topk_energy(grad: Tensor, k: int) -> float:
+    """Share, 0 to 1, of the squared norm of `grad` that its `k` largest entries hold."""
+    squares = grad.double().square().flatten()
+    return (squares.topk(k).values.sum() / squares.sum()).item()
+
+
+# ------------------------------------------------------------------------------ the layer
+
+
+class Plan(NamedTuple):
+    """How a layer computes: which products are the fewest depends on the sizes."""
+
+    merge: bool  # forward and dL/dx with W + V C Uᵀ written out; else rotate activations (Table 2)
+    tokens: bool  # dL/dC as (dY V)ᵀ (x U); else as Vᵀ (dYᵀ x) U
+
+
+def cheapest_plan(tokens: int, out: int, in_: int, r_out: int | None, r_in: int | None) -> Plan:
+    """The plan of fewest multiply-adds a step; `r_out`, `r_in` None for a side not rotated."""
+    c_out, c_in = r_out or out, r_in or in_
+    rotate_x, rotate_y = tokens * in_ * (r_in or 0), tokens * out * (r_out or 0)
+    middle, whole = tokens * c_out * c_in, tokens * out * in_
+    merge = out * in_ + min(_core_first(out, in_, r_out, r_in), _core_last(out, in_, r_out, r_in))
+    rotate_grad = min((r_out or 0) * out * in_ + c_out * in_ * (r_in or 0), out * in_ * (r_in or 0) + (r_out or 0) * out * c_in)
+    costs = {
+        Plan(merge=False, tokens=True): 2 * (rotate_x + rotate_y) + 3 * middle,
+        Plan(merge=True, tokens=True): merge + rotate_x + rotate_y + middle,
+        Plan(merge=True, tokens=False): merge + whole + rotate_grad,
+    }
+    return min(costs, key=costs.get)
+
+
+def _core_first(out, in_, r_out, r_in):  # V (C Uᵀ)
+    return (r_out or out) * (r_in or 0) * in_ + out * (r_out or 0) * in_
+
+
+def _core_last(out, in_, r_out, r_in):  # (V C) Uᵀ
+    return out * (r_out or 0) * (r_in or in_) + out * (r_in or 0) * in_
+
+
+def _expand(core: Tensor, U: Tensor | None, V: Tensor | None) -> Tensor:
+    """V C Uᵀ `(out, in)`, in the cheaper order."""
+    if U is None or V is None:
+        delta = core if U is None else core @ U.T
+        return delta if V is None else V @ delta
+    sizes = V.shape[0], U.shape[0], V.shape[1], U.shape[1]
+    return V @ (core @ U.T) if _core_first(*sizes) <= _core_last(*sizes) else (V @ core) @ U.T
+
+
+class SparseGradFunction(torch.autograd.Function):
+    """`y = x (W + V C Uᵀ)ᵀ + b` with a top-k gradient for C (§3.2, §3.3, Table 2).
+
+    x (T, in), residual W (out, in), core C (r_out, r_in), U, V, bias (out,) or None;
+    k, the entries of dL/dC to keep, or None for all of them as a dense tensor. Computes
+    in `dtype` and returns (T, out) in it; W gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, residual, core, U, V, bias, k, plan, dtype):
+        C, U, V = (None if t is None else t.to(dtype) for t in (core, U, V))
+        x = x.to(dtype)
+        merged = (residual + _expand(C, U, V)).to(dtype) if plan.merge else None
+        y = F.linear(x, residual.to(dtype) if merged is None else merged, None if bias is None else bias.to(dtype))
+        train_core = ctx.needs_input_grad[2]
+        rotated = x
+        if U is not None and plan.tokens and (train_core or not plan.merge):
+            rotated = x @ U  # (T, in) @ (in, r_in)
+        if not plan.merge:
+            middle = rotated @ C.T  # (T, r_in) @ (r_in, r_out)
+            y += middle if V is None else middle @ V.T  # (T, r_out) @ (r_out, out)
+        ctx.save_for_backward(rotated if train_core else None, residual, core, U, V, merged)
+        ctx.k, ctx.plan, ctx.dtypes = k, plan, (dtype, None if bias is None else bias.dtype)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        rotated, residual, core, U, V, merged = ctx.saved_tensors
+        dtype, bias_dtype = ctx.dtypes
+        dy = dy.to(dtype)
+        dx = d_core = d_bias = None
+        dyv = dy if V is None or not ctx.plan.tokens else dy @ V  # (T, out) @ (out, r_out)
+        if ctx.needs_input_grad[0]:
+            if merged is not None:
+                dx = dy @ merged  # (T, out) @ (out, in)
+            else:
+                middle = dyv @ core.to(dtype)  # (T, r_out) @ (r_out, r_in)
+                dx = dy @ residual.to(dtype) + (middle if U is None else middle @ U.T)
+        if ctx.needs_input_grad[2]:
+            d_core = dyv.T @ rotated  # (r_out, T) @ (T, r_in), or G (out, T) @ (T, in)
+            if not ctx.plan.tokens:
+                d_core = _expand(d_core, None if U is None else U.T, None if V is None else V.T)
+            d_core = d_core.to(core.dtype)
+            if ctx.k is not None:
+                d_core = topk_coo(d_core, ctx.k)
+        if ctx.needs_input_grad[5]:
+            d_bias = dy.sum(0, dtype=bias_dtype)
+        return dx, None, d_core, None, None, d_bias, None, None, None
+
+
+class SparseGradLinear(nn.Module):
+    """A linear layer that trains through the k largest entries of its rotated gradient.
+
+    Made by `from_linear`, undone by `to_linear`. `residual` (out, in) is the pretrained
+    weight, frozen, in its own dtype; `core` (r_out, r_in) trains, in fp32 or better;
+    `bias` is the linear's own parameter. Input (..., in), output (..., out).
+    """
+
+    def __init__(self, residual: Tensor, bias: nn.Parameter | None, basis: Basis, k: int | None, plain: type):
+        super().__init__()
+        self.out_features, self.in_features = residual.shape
+        self.residual = nn.Parameter(residual.detach(), requires_grad=False)
+        self.bias = bias
+        self.basis = basis
+        rows, columns = _core_shape(basis, *residual.shape)
+        self.core = nn.Parameter(residual.new_zeros(rows, columns, dtype=_at_least_fp32(residual.dtype)))
+        self.k = k
+        self._plain = plain
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, basis: Basis, k: float | int | None) -> "SparseGradLinear":
+        """Wrap an nn.Linear or GPT-2 Conv1D. The weight is taken over, not copied.
+
+        k: entries a step, as a count (int), or as a share of `out * in` (float, at most
+        the whole core); None gives a dense gradient. Raises ValueError if the basis does
+        not fit the weight, or k is 0 or more than the core has entries.
+        """
+        weight = _out_in(linear, linear.weight)
+        count = _check_fit("the layer", weight, basis, k)
+        layer = cls(weight.contiguous(), linear.bias, basis, count, type(linear))
+        layer.basis.to(layer.core)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Module:
+        """A plain layer of the original class with weight `W + V C Uᵀ` and the same bias
+        parameter; its weight trains if the core did."""
+        weight = self.merged_weight()
+        with torch.device("meta"):  # no initialisation, no random numbers drawn
+            plain = self._plain
+            linear = plain(self.in_features, self.out_features) if issubclass(plain, nn.Linear) else plain(*weight.shape)
+        linear.weight = nn.Parameter(_out_in(linear, weight).contiguous(), self.core.requires_grad)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def merged_weight(self) -> Tensor:
+        """`W + V C Uᵀ` (out, in), in the dtype of W: what the layer multiplies by."""
+        delta = _expand(self.core.detach(), self.basis.U, self.basis.V)
+        return (self.residual + delta).to(self.residual.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen pretrained weight, for code that asks a linear's dtype or device
+        (T5 does). Not what the layer multiplies by: see `merged_weight`."""
+        return self.residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.residual.dtype
+        if x.dtype != dtype and not autocast:
+            raise RuntimeError(f"input is {x.dtype} but the layer is {dtype}")
+        U, V = self.basis.U, self.basis.V
+        r_out, r_in = (None if b is None else b.shape[1] for b in (V, U))
+        tokens = x.reshape(-1, x.shape[-1])  # (T, in)
+        plan = cheapest_plan(tokens.shape[0], self.out_features, self.in_features, r_out, r_in)
+        core = self.core if torch.is_grad_enabled() else self.core.detach()
+        y = SparseGradFunction.apply(tokens, self.residual, core, U, V, self.bias, self.k, plan, dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, core={tuple(self.core.shape)}, k={self.k}"
+
+    # A state_dict must hold a shared basis once, not once a layer (safetensors, and with it
+    # the Trainer, refuses tensors that share memory). So the first layer registers it as a
+    # submodule and the others only point to it, and move it along when they are moved.
+    def _borrow_basis(self) -> None:
+        self.__dict__["basis"] = self._modules.pop("basis")
+
+    def _apply(self, fn, recurse=True):
+        if "basis" not in self._modules:
+            self.basis._apply(fn)
+        return super()._apply(fn, recurse)
+
+
+def _core_shape(basis: Basis, out: int, in_: int) -> tuple[int, int]:
+    return (out if basis.V is None else basis.V.shape[1]), (in_ if basis.U is None else basis.U.shape[1])
+
+
+def _check_fit(name: str, weight: Tensor, basis: Basis, k: float | int | None) -> int | None:
+    """Entries to keep for a `weight` (out, in); ValueError if basis or k do not fit it."""
+    out, in_ = weight.shape
+    for side, vectors, size in (("U", basis.U, in_), ("V", basis.V, out)):
+        if vectors is not None and (vectors.dim() != 2 or vectors.shape[0] != size or vectors.shape[1] > size):
+            raise ValueError(f"{side} of {name} is {tuple(vectors.shape)}; for a weight ({out}, {in_}) it is ({size}, r <= {size})")
+    rows, columns = _core_shape(basis, out, in_)
+    if k is None:
+        return None
+    if isinstance(k, float):
+        if not 0 < k <= 1:
+            raise ValueError(f"k is {k}: as a share it lies above 0 and up to 1.0; an int is a count of entries")
+        return max(1, min(round(k * out * in_), rows * columns))
+    if not 1 <= k <= rows * columns:
+        raise ValueError(f"k is {k}, but the core of {name} ({rows}, {columns}) has 1 to {rows * columns} entries")
+    return k
+
+
+# ------------------------------------------------------------------------ patching a model
+
+
+class Summary(NamedTuple):
+    """What a patched model trains; `print` it."""
+
+    layers: int  # SparseGrad layers
+    core: int  # entries of their cores
+    touched: int  # of these, entries one step updates
+    dense: int  # other trainable parameters
+    frozen: int  # parameters that do not train
+
+    def __str__(self) -> str:
+        share = 100 * self.touched / max(self.core, 1)
+        return (
+            f"{self.layers} SparseGrad layers: a step updates {self.touched:,} of {self.core:,} core entries ({share:.2g} %); "
+            f"{self.dense:,} other parameters train, {self.frozen:,} are frozen"
+        )
+
+
+def sparsegrad_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
+    """Name -> layer, of the SparseGrad layers of `model`."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SparseGradLinear)}
+
+
+def summary(model: nn.Module) -> Summary:
+    """Count what trains in a patched model."""
+    layers = sparsegrad_layers(model).values()
+    cores = [layer for layer in layers if layer.core.requires_grad]
+    core = sum(layer.core.numel() for layer in cores)
+    touched = sum(layer.core.numel() if layer.k is None else layer.k for layer in cores)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return Summary(len(layers), core, touched, trainable - core, total - trainable)
+
+
+def patch_model(
+    model: nn.Module,
+    bases: Mapping[str, Basis] | None,
+    k: float | int | None = 0.01,
+    target_modules: str | Iterable[str] | None = None,
+) -> Summary:
+    """Replace the named linears by SparseGradLinear, in place; returns the `summary`.
+
+    bases: from `find_bases`, and copied, so that no two models share one. None: no bases,
+    the paper's MeProp, on `target_modules` (as in `find_bases`).
+    k: as in `SparseGradLinear.from_linear`; the paper keeps 1 % of each layer (§5.1).
+
+    Other parameters stay as trainable as they were. Raises ValueError, the model
+    untouched, if it is patched already or a name, a shape or k does not fit.
+    """
+    if bases is None:
+        bases = dict.fromkeys(mlp_linears(model, target_modules), Basis())
+    elif target_modules is not None:
+        raise ValueError("target_modules goes with bases=None; bases name their layers themselves")
+    _replace_linears(model, {name: (basis, k) for name, basis in bases.items()})
+    return summary(model)
+
+
+def _replace_linears(model: nn.Module, layers: Mapping[str, tuple[Basis, float | int | None]]) -> None:
+    if not layers:
+        raise ValueError("no layers to patch: the bases are empty")
+    if sparsegrad_layers(model):
+        raise ValueError("the model is patched already; unpatch_model(model) takes its SparseGrad layers out")
+    modules = dict(model.named_modules())
+    for name, (basis, k) in layers.items():
+        if not name or not _is_linear(modules.get(name, nn.Module())):
+            what = f"a {type(modules[name]).__name__}" if name in modules else "not in the model"
+            raise ValueError(f"{name!r} should be a linear layer, but is {what}")
+        _check_fit(name, _out_in(modules[name], modules[name].weight), basis, k)
+    copies: dict[int, Basis] = {}
+    for name, (basis, k) in layers.items():
+        linear = modules[name]
+        borrowed = id(basis) in copies
+        if not borrowed:
+            like = dict(device=linear.weight.device, dtype=_at_least_fp32(linear.weight.dtype), copy=True)
+            copies[id(basis)] = Basis(*(None if b is None else b.detach().to(**like) for b in (basis.U, basis.V)))
+        layer = SparseGradLinear.from_linear(linear, copies[id(basis)], k)
+        if borrowed:
+            layer._borrow_basis()
+        _set_module(model, name, layer)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def unpatch_model(model: nn.Module) -> None:
+    """Turn every SparseGradLinear back into the plain layer it was, with what it learned,
+    in place: the outputs stay. Raises ValueError if there is none."""
+    layers = sparsegrad_layers(model)
+    if not layers:
+        raise ValueError("the model has no SparseGrad layers")
+    for name, layer in layers.items():
+        _set_module(model, name, layer.to_linear())
+
+
+# -------------------------------------------------------------------------- the optimizer
+
+
+class SparseGradAdamW(torch.optim.Optimizer):
+    """AdamW for dense gradients, lazy Adam for COO gradients (§3.3), in one optimizer.
+
+    The lazy one is that of torch.optim.SparseAdam: only entries present in the gradient
+    move, their moments with them; no weight decay; one step count for all entries. Its
+    two moments are dense, so its memory is AdamW's. Cores in fp16 or bf16 are refused,
+    since steps of size lr would vanish in rounding.
+
+    k: cut COO gradients to their k largest entries (a count, or a share of the parameter
+    as float) before the step. Accumulation over micro-batches unites their supports;
+    this restores the sparsity. None leaves them as they are.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, k: float | int | None = None):
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
+            raise ValueError(f"lr {lr}, eps {eps}, weight_decay {weight_decay} must be >= 0 and betas {betas} in [0, 1)")
+        if k is not None and not (0 < k <= 1 if isinstance(k, float) else k >= 1):
+            raise ValueError(f"k is {k}: a count is an int of 1 or more, a share a float above 0 and up to 1.0")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, k=k))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse and p.dtype in (torch.float16, torch.bfloat16) for p in params):
+                raise ValueError("a core in fp16 or bf16 cannot train: its steps vanish in rounding; keep it in fp32")
+            for p in params:
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(p)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+            self._dense_step(group, [p for p in params if not p.grad.is_sparse])
+            for p in params:
+                if p.grad.is_sparse:
+                    self._sparse_step(group, p)
+        return loss
+
+    def _dense_step(self, group, params) -> None:
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            [p.grad for p in params],
+            *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq")),
+            max_exp_avg_sqs=[],
+            state_steps=[s["step"] for s in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _sparse_step(self, group, p) -> None:
+        state, (beta1, beta2) = self.state[p], group["betas"]
+        state["step"] += 1
+        step = state["step"].item()
+        grad = p.grad.coalesce()
+        index, g = tuple(grad.indices()), grad.values()
+        k = round(group["k"] * p.numel()) if isinstance(group["k"], float) else group["k"]
+        if k is not None and len(g) > max(k, 1):
+            kept = g.abs().topk(max(k, 1), sorted=False).indices
+            index, g = tuple(i[kept] for i in index), g[kept]
+        m = state["exp_avg"][index].lerp_(g, 1 - beta1)
+        v = state["exp_avg_sq"][index].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        state["exp_avg"][index] = m
+        state["exp_avg_sq"][index] = v
+        size = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        p[index] = p[index].addcdiv_(m, v.sqrt().add_(group["eps"]), value=-size)
+
+
+@torch.no_grad()
+def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients in place so that their joint 2-norm is at most `max_norm`, COO
+    ones counted by their summed entries; returns the norm before. torch's own raised on
+    COO gradients up to 2.13."""
+    values = []
+    for p in [params] if isinstance(params, Tensor) else params:
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = p.grad.coalesce()  # duplicates must be summed before they are squared
+        if p.grad is not None:
+            values.append(p.grad._values() if p.grad.is_sparse else p.grad)
+    if not values:
+        return torch.tensor(0.0)
+    device = values[0].device
+    norm = torch.stack([v.norm(dtype=torch.float32).to(device) for v in values]).norm()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for v in values:
+        v.mul_(scale.to(v.device))
+    return norm
+
+
+# --------------------------------------------------------------------------------- saving
+
+
+def sparsegrad_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What training changed, and the bases: flat, and fit for `safetensors.torch.save_file`.
+
+    `NAME.core.values`, and `.indices` (int32, into the flattened core) of its entries that
+    are not zero; `NAME.core.meta` (int64): out, in, number of the basis, k (-1: dense);
+    `sparsegrad.basis.NUMBER.U` and `.V`; all other trainable parameters and the model's
+    persistent buffers under their own names. Raises ValueError if nothing is patched.
+    """
+    layers = sparsegrad_layers(model)
+    if not layers:
+        raise ValueError("the model has no SparseGrad layers")
+    state, numbers = {}, {}
+    ours = {f"{name}.{part}" for name in layers for part in ("core", "residual", "basis.U", "basis.V")}
+    trainable = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in model.state_dict().items():
+        if name not in ours and (name in trainable or name not in parameters):
+            state[name] = tensor.detach().clone().contiguous()
+    for name, layer in layers.items():
+        number = numbers.setdefault(id(layer.basis), len(numbers))
+        for side in ("U", "V"):
+            vectors = getattr(layer.basis, side)
+            if vectors is not None:
+                state[f"sparsegrad.basis.{number}.{side}"] = vectors.detach().clone().contiguous()
+        flat = layer.core.detach().flatten()
+        index = flat.nonzero().squeeze(1)
+        state[f"{name}.core.values"] = flat[index]
+        state[f"{name}.core.indices"] = index.to(torch.int32)
+        k = -1 if layer.k is None else layer.k
+        state[f"{name}.core.meta"] = torch.tensor([layer.out_features, layer.in_features, number, k])
+    return state
+
+
+def load_sparsegrad_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Patch a fresh copy of the pretrained `model` and bring it to where `state`, of
+    `sparsegrad_state_dict`, was saved: same outputs, ready to train on.
+
+    Raises ValueError naming the first mismatch of name or shape, the model untouched.
+    """
+    metas = {key.removesuffix(".core.meta"): v.tolist() for key, v in state.items() if key.endswith(".core.meta")}
+    if not metas:
+        raise ValueError("no SparseGrad layer in this state: it was not made by sparsegrad_state_dict")
+    ours = {f"{name}.core.{part}" for name in metas for part in ("values", "indices", "meta")}
+    others = {key: v for key, v in state.items() if key not in ours and not key.startswith("sparsegrad.basis.")}
+    modules, tensors = dict(model.named_modules()), model.state_dict(keep_vars=True)
+    for name, (out, in_, _, _) in metas.items():
+        module = modules.get(name)
+        if isinstance(module, SparseGradLinear):
+            raise ValueError(f"{name} is patched already: load into a fresh copy of the pretrained model")
+        shape = tuple(_out_in(module, module.weight).shape) if module is not None and _is_linear(module) else None
+        if shape != (out, in_):
+            raise ValueError(f"{name} is a linear layer ({out}, {in_}) in the file, but {shape or 'none'} in the model")
+    for name, value in others.items():
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shape != tuple(value.shape):
+            raise ValueError(f"{name} is {tuple(value.shape)} in the file, but {shape or 'missing'} in the model")
+    numbers = sorted({meta[2] for meta in metas.values()})
+    bases = {i: Basis(*(state.get(f"sparsegrad.basis.{i}.{side}") for side in "UV")) for i in numbers}
+    _replace_linears(model, {name: (bases[i], None if k < 0 else k) for name, (_, _, i, k) in metas.items()})
+    with torch.no_grad():
+        for name, layer in sparsegrad_layers(model).items():
+            index = state[f"{name}.core.indices"].to(layer.core.device, torch.int64)
+            layer.core.view(-1)[index] = state[f"{name}.core.values"].to(layer.core)
+        for name, value in others.items():
+            tensors[name].copy_(value)
