@@ -1,0 +1,420 @@
+"""What glue_run.py and llama_run.py share: options, the paper's methods, training, results.
+
+The training loop is the Hugging Face Trainer and LoRA is PEFT's; this file only puts a
+method on a model, measures time and memory, and writes what came out.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterable
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import sparsegrad
+
+METHODS = ("ft", "lora", "meprop", "sparsegrad")
+SPARSE = ("meprop", "sparsegrad")
+ADAPTER = "sparsegrad.safetensors"
+FIRST_STEPS = 5  # left out of the steps per second: allocations and caches
+
+
+class UserError(Exception):
+    """Something the caller can mend: told in one line, exit code 2."""
+
+
+# ------------------------------------------------------------------------------- options
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def share_or_count(text: str) -> float | int:
+    """`0.01` or `1e-2` is a share, `28000` a count."""
+    try:
+        k = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"k is {text!r}: give a share such as 0.01 or a count such as 28000") from None
+    if not (k >= 1 if isinstance(k, int) else 0 < k <= 1):
+        raise argparse.ArgumentTypeError(f"k is {text}: a share lies above 0 and up to 1.0, a count is 1 or more")
+    return k
+
+
+def number(kind: type, least: float) -> Callable[[str], float]:
+    """An argparse type: a finite `kind` (int or float) of at least `least`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not {'a whole' if kind is int else 'a'} number of {least} or more")
+        return value
+
+    return parse
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="sparsegrad")
+    add("--k", type=share_or_count, default=0.01, help="entries a step keeps of each layer: a share (0.01) or a count (28000)")
+    add("--rank", type=number(int, 1), help="sparsegrad: columns kept of each basis (default all); lora: its rank (default: nearest to k)")
+    add("--share", choices=("role", "layer"), default="role", help="one basis for all blocks' layers of a role, or one a layer")
+    add("--sides", choices=("both", "narrow"), default="both", help="rotate both sides of a gradient, or the shorter alone")
+    add("--basis-steps", type=number(int, 1), default=30, help="steps of back-propagation the bases are made from")
+    add("--lr", type=number(float, 0.0))
+    add("--batch-size", type=number(int, 1))
+    add("--epochs", type=number(float, 0.001))
+    add("--max-steps", type=number(int, 1))
+    add("--max-train-samples", type=number(int, 1))
+    add("--seed", type=number(int, 0), default=0)
+    add("--freeze", action="store_true", help="train only the method's parameters and the head, not the rest of the model")
+    add("--bf16", action="store_true", help="mixed precision")
+    add("--output-dir", type=pathlib.Path, help="default: a new folder below runs/")
+    add("--resume", type=pathlib.Path, metavar="DIR", help="go on with the interrupted run in DIR, with its own options")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; errors of the caller's end in one line and exit code 2."""
+    try:
+        main()
+    except (UserError, ValueError) as error:
+        if not isinstance(error, UserError) and not _ours(error):
+            raise
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        print("\ninterrupted; no checkpoint was written since the last one named above", file=sys.stderr)
+        sys.exit(130)
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether sparsegrad.py raised it: its messages say what is wrong and what would be right."""
+    tb = error.__traceback__
+    while tb.tb_next:
+        tb = tb.tb_next
+    return pathlib.Path(tb.tb_frame.f_code.co_filename).name == "sparsegrad.py"
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+# --------------------------------------------------------------------------------- models
+
+
+def hub_reachable(seconds: float = 3.0) -> bool:
+    """Whether the Hugging Face hub answers within `seconds`, name lookup included."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    answered = threading.Event()
+
+    def ask():
+        try:
+            request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+            with urllib.request.urlopen(request, timeout=seconds):
+                answered.set()
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()
+
+
+def from_pretrained(auto_class, name: str, hub: bool, **options):
+    """`auto_class.from_pretrained`, from a folder, the hub, or what the hub left in the cache."""
+    try:
+        return auto_class.from_pretrained(name, local_files_only=not hub and not os.path.isdir(name), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if hub or os.path.isdir(name) else "no such folder, not in the cache, no hub"
+        raise UserError(f"--model {name} cannot be loaded ({reason}); pass a hub name or a folder with config.json") from None
+
+
+# -------------------------------------------------------------------------------- methods
+
+
+def lora_rank(linears: Iterable[nn.Module], entries: int) -> int:
+    """The LoRA rank whose parameter count is nearest to `entries` over all `linears`."""
+    per_rank = sum(sum(linear.weight.shape) for linear in linears)
+    return max(1, round(entries / per_rank))
+
+
+def apply_method(model: nn.Module, args: argparse.Namespace, batches: Iterable, train_head: bool) -> dict:
+    """Put `args.method` on the MLP linears of `model`, in place; returns what to report.
+
+    Trains, beside the method's own parameters, everything but the MLP weights (as the
+    paper does), or with `--freeze` only what lies outside the pretrained trunk (the head),
+    if `train_head`.
+    """
+    linears = sparsegrad.mlp_linears(model)
+    budget = [round(args.k * m.weight.numel()) if isinstance(args.k, float) else args.k for m in linears.values()]
+    for name, k in zip(linears, budget):
+        if not 1 <= k <= linears[name].weight.numel():
+            raise UserError(f"--k {args.k} is beyond {name}, which has {linears[name].weight.numel()} entries")
+    weights = {f"{name}.weight" for name in linears}
+    for name, p in model.named_parameters():
+        head = not name.startswith(f"{model.base_model_prefix}.")
+        p.requires_grad_((head and train_head) if args.freeze else name not in weights)
+    info = {"linears": len(linears), "basis_seconds": 0.0}
+    if args.method == "ft":
+        for linear in linears.values():
+            linear.weight.requires_grad_(True)
+    elif args.method == "lora":
+        _add_lora(model, args.rank or lora_rank(linears.values(), sum(budget)), list(linears))
+        info["lora_rank"] = args.rank or lora_rank(linears.values(), sum(budget))
+    else:
+        bases = None
+        if args.method == "sparsegrad":
+            start = time.perf_counter()
+            print(f"bases: {args.basis_steps} steps of back-propagation, then HOSVD ...", flush=True)
+            bases = sparsegrad.find_bases(
+                model, batches, share=args.share, sides=args.sides, rank=args.rank, n_steps=args.basis_steps
+            )
+            info["basis_seconds"] = round(time.perf_counter() - start, 2)
+        print(sparsegrad.patch_model(model, bases, args.k))
+    return info
+
+
+def _add_lora(model: nn.Module, rank: int, names: list[str]) -> None:
+    """PEFT's layers inside the plain model, so that checkpoints hold all that trains."""
+    import peft
+
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
+    for name, p in model.named_parameters():
+        if "lora_" not in name:
+            p.requires_grad_(flags[name.replace(".base_layer.", ".")])
+
+
+def count_parameters(model: nn.Module) -> dict:
+    """Trainable parameters, and how many of them one step updates."""
+    summary = sparsegrad.summary(model)
+    total = summary.core + summary.dense
+    return {"trainable_parameters": total, "touched_entries": summary.touched + summary.dense, "core_entries": summary.touched}
+
+
+# ------------------------------------------------------------------------------- training
+
+
+class SparseGradTrainer(transformers.Trainer):
+    """The Trainer, with a gradient norm that counts COO gradients: torch's own raises on
+    them up to 2.13, and transformers 5 logs it at every step."""
+
+    def _clip_grad_norm(self, model):
+        return sparsegrad.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return sparsegrad.clip_grad_norm_(model.parameters(), math.inf) if grad_norm is None else grad_norm
+
+
+class Measure(transformers.TrainerCallback):
+    """Steps per second, a stop at the first loss that is not finite, the adapter beside
+    each checkpoint, and Ctrl-C: finish the step, write a checkpoint, stop."""
+
+    def __init__(self):
+        self.seconds, self.steps, self.interrupted = 0.0, 0, False
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = state.global_step
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begin = self._now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step > self.started + FIRST_STEPS:
+            self.seconds += self._now() - self.begin
+            self.steps += 1
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for key in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise UserError(f"{key} is {logs[key]} at step {state.global_step}: lower --lr (it is {args.learning_rate:g})")
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        if sparsegrad.sparsegrad_layers(model):
+            folder = pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_file(sparsegrad.sparsegrad_state_dict(model), folder / ADAPTER)
+
+    def on_interrupt(self, signum, frame):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\nstopping after this step (Ctrl-C again: at once) ...", file=sys.stderr, flush=True)
+
+    def result(self) -> dict:
+        rate = round(self.steps / self.seconds, 3) if self.steps else None
+        if torch.cuda.is_available():
+            return {"steps_per_second": rate, "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20, "memory_is": "CUDA allocator"}
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+        return {"steps_per_second": rate, "peak_memory_mib": peak, "memory_is": "resident set"}
+
+
+def train_and_report(
+    *,
+    args: argparse.Namespace,
+    folder: pathlib.Path,
+    make_model: Callable[[], nn.Module],
+    basis_batches: Callable[[], Iterable],
+    train_head: bool,
+    trainer_options: dict,
+    training_options: dict,
+    used: dict,
+) -> dict:
+    """One run of one seed in `folder`: method, training, `results.json`; returns the results.
+
+    A `folder` with a checkpoint is gone on with, one with results is only read.
+    """
+    if (folder / "results.json").exists():
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    transformers.set_seed(args.seed)
+    model = make_model().to("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = transformers.trainer_utils.get_last_checkpoint(folder) if folder.is_dir() else None
+    if checkpoint and args.method in SPARSE:
+        sparsegrad.load_sparsegrad_state_dict(model, load_file(os.path.join(checkpoint, ADAPTER)))
+        info = json.loads((folder / "method.json").read_text(encoding="utf-8"))
+        _freeze_like(model, info["frozen"])
+    else:
+        info = apply_method(model, args, basis_batches(), train_head)
+        info["frozen"] = [name for name, p in model.named_parameters() if not p.requires_grad]
+        write_json(folder / "method.json", info)
+    print(f"{'resuming from ' + os.path.basename(checkpoint) if checkpoint else 'training'} ...", flush=True)
+
+    measure = Measure()
+    training = transformers.TrainingArguments(
+        output_dir=str(folder), learning_rate=args.lr, lr_scheduler_type="constant", per_device_train_batch_size=args.batch_size,
+        num_train_epochs=args.epochs, max_steps=args.max_steps or -1, max_grad_norm=0.0, weight_decay=0.0, seed=args.seed,
+        bf16=args.bf16, report_to=[], logging_nan_inf_filter=False, dataloader_pin_memory=torch.cuda.is_available(),
+        **training_options,
+    )  # fmt: skip
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = sparsegrad.SparseGradAdamW(trainable, lr=args.lr, weight_decay=0.0) if args.method in SPARSE else None
+    callbacks = [measure, *trainer_options.pop("callbacks", [])]
+    trainer = SparseGradTrainer(model, training, optimizers=(optimizer, None), callbacks=callbacks, **trainer_options)
+    before = signal.signal(signal.SIGINT, measure.on_interrupt)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if measure.interrupted:
+        where = args.resume or args.output_dir
+        print(f"interrupted at step {trainer.state.global_step}; go on with: python {sys.argv[0]} --resume {where}", file=sys.stderr)
+        sys.exit(130)
+
+    measured = {**measure.result(), "basis_seconds": info["basis_seconds"]}
+    evaluations = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
+    if args.method in SPARSE:
+        save_file(sparsegrad.sparsegrad_state_dict(model), folder / ADAPTER)
+    results = {
+        "arguments": {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in vars(args).items()},
+        "seed": args.seed,
+        "used": used,
+        "metrics": trainer.evaluate(),
+        "evaluations": evaluations,
+        "steps": trainer.state.global_step,
+        **count_parameters(model),
+        **{key: value for key, value in info.items() if key not in ("frozen", "basis_seconds")},
+        **measured,
+        "versions": {m: __import__(m).__version__ for m in ("torch", "transformers", "peft", "datasets", "numpy")}
+        | {"python": platform.python_version()},
+        "git_commit": _git_commit(),
+        "machine": _machine(),
+    }
+    write_json(folder / "results.json", results)
+    return results
+
+
+def _freeze_like(model: nn.Module, frozen: list[str]) -> None:
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in frozen)
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _git_commit() -> str | None:
+    here = pathlib.Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _machine() -> dict:
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu, "system": platform.system()}
+
+
+# ---------------------------------------------------------------------------- run folders
+
+
+def resumed(args: argparse.Namespace) -> argparse.Namespace:
+    """`args`, or with `--resume` the options of the run that is gone on with."""
+    if args.resume is None:
+        return args
+    try:
+        saved = json.loads((args.resume / "arguments.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"--resume {args.resume}: no arguments.json there, so no run to go on with") from None
+    paths = {key: pathlib.Path(saved[key]) for key in ("data", "output_dir") if saved.get(key)}
+    return argparse.Namespace(**{**saved, **paths, "resume": args.resume, "output_dir": args.resume})
+
+
+def open_folder(args: argparse.Namespace, name: str) -> pathlib.Path:
+    """The run's folder: a new one, or the one resumed; its options are written there."""
+    if args.resume is not None:
+        return args.resume
+    if args.output_dir is None:
+        candidates = (pathlib.Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10**6))
+        args.output_dir = next(path for path in candidates if not path.exists())
+    elif (args.output_dir / "arguments.json").exists():
+        raise UserError(f"{args.output_dir} holds a run already; pass --resume {args.output_dir}, or another --output-dir")
+    options = {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in vars(args).items()}
+    write_json(args.output_dir / "arguments.json", options)
+    return args.output_dir
+
+
+def print_table(rows: dict[str, object]) -> None:
+    width = max(map(len, rows))
+    print()
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
