@@ -22,6 +22,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import sparsegrad
 
@@ -73,7 +74,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--method", choices=METHODS, default="sparsegrad")
     add("--k", type=share_or_count, default=0.01, help="entries a step keeps of each layer: a share (0.01) or a count (28000)")
-    add("--rank", type=number(int, 1), help="sparsegrad: columns kept of each basis (default all); lora: its rank (default: nearest to k)")
+    add(
+        "--rank",
+        type=number(int, 1),
+        help="sparsegrad: columns kept of each basis (default all); lora: its rank (default: nearest to k)",
+    )
     add("--share", choices=("role", "layer"), default="role", help="one basis for all blocks' layers of a role, or one a layer")
     add("--sides", choices=("both", "narrow"), default="both", help="rotate both sides of a gradient, or the shorter alone")
     add("--basis-steps", type=number(int, 1), default=30, help="steps of back-propagation the bases are made from")
@@ -213,9 +218,28 @@ def count_parameters(model: nn.Module) -> dict:
 # ------------------------------------------------------------------------------- training
 
 
+class LengthGroupedSampler(torch.utils.data.Sampler):
+    """Shuffles so that batches hold sentences of like length, hence less padding. Unlike the
+    Trainer's own it depends on seed and epoch alone, so a resumed run sees the same batches."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, state: transformers.TrainerState):
+        self.lengths, self.batch_size, self.seed, self.state = lengths, batch_size, seed, state
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        order = torch.Generator().manual_seed(self.seed * 1000 + int(self.state.epoch or 0))
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=order))
+
+
 class SparseGradTrainer(transformers.Trainer):
     """The Trainer, with a gradient norm that counts COO gradients: torch's own raises on
-    them up to 2.13, and transformers 5 logs it at every step."""
+    them up to 2.13, and transformers 5 logs it at every step. Batches by length."""
+
+    def _get_train_sampler(self, *args):
+        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed, self.state)
 
     def _clip_grad_norm(self, model):
         return sparsegrad.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
@@ -251,6 +275,10 @@ class Measure(transformers.TrainerCallback):
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.interrupted:  # the Trainer takes the stop for the epoch's end: the checkpoint is written already
+            control.should_save = control.should_evaluate = False
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         for key in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(key, 0.0)):
@@ -270,7 +298,11 @@ class Measure(transformers.TrainerCallback):
     def result(self) -> dict:
         rate = round(self.steps / self.seconds, 3) if self.steps else None
         if torch.cuda.is_available():
-            return {"steps_per_second": rate, "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20, "memory_is": "CUDA allocator"}
+            return {
+                "steps_per_second": rate,
+                "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20,
+                "memory_is": "CUDA allocator",
+            }
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
@@ -312,7 +344,7 @@ def train_and_report(
         output_dir=str(folder), learning_rate=args.lr, lr_scheduler_type="constant", per_device_train_batch_size=args.batch_size,
         num_train_epochs=args.epochs, max_steps=args.max_steps or -1, max_grad_norm=0.0, weight_decay=0.0, seed=args.seed,
         bf16=args.bf16, report_to=[], logging_nan_inf_filter=False, dataloader_pin_memory=torch.cuda.is_available(),
-        **training_options,
+        use_cpu=not torch.cuda.is_available(), **training_options,
     )  # fmt: skip
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = sparsegrad.SparseGradAdamW(trainable, lr=args.lr, weight_decay=0.0) if args.method in SPARSE else None
@@ -325,18 +357,23 @@ def train_and_report(
         signal.signal(signal.SIGINT, before)
     if measure.interrupted:
         where = args.resume or args.output_dir
-        print(f"interrupted at step {trainer.state.global_step}; go on with: python {sys.argv[0]} --resume {where}", file=sys.stderr)
+        print(
+            f"interrupted at step {trainer.state.global_step}; go on with: python {sys.argv[0]} --resume {where}", file=sys.stderr
+        )
         sys.exit(130)
 
     measured = {**measure.result(), "basis_seconds": info["basis_seconds"]}
     evaluations = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
+    final = {}  # the last evaluation, of every dev set; anew if the best checkpoint came back after it
+    for entry in evaluations if not training.load_best_model_at_end else ():
+        final |= entry if entry["step"] == trainer.state.global_step else {}
     if args.method in SPARSE:
         save_file(sparsegrad.sparsegrad_state_dict(model), folder / ADAPTER)
     results = {
         "arguments": {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in vars(args).items()},
         "seed": args.seed,
         "used": used,
-        "metrics": trainer.evaluate(),
+        "metrics": final or trainer.evaluate(),
         "evaluations": evaluations,
         "steps": trainer.state.global_step,
         **count_parameters(model),
