@@ -103,7 +103,7 @@ def run(main: Callable[[], None]) -> None:
             raise
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
-        print("\ninterrupted; no checkpoint was written since the last one named above", file=sys.stderr)
+        print("\ninterrupted; --resume DIR goes on from the last checkpoint of the run's folder, if it has one", file=sys.stderr)
         sys.exit(130)
 
 

@@ -28,7 +28,8 @@ TASKS = {
     "cola": dict(folder="CoLA", columns=[3, 1], labels=["0", "1"], metrics=["matthews"], every=100),
     "mnli": dict(folder="MNLI", columns=["sentence1", "sentence2", "gold_label"], labels=["entailment", "neutral", "contradiction"],
                  metrics=["accuracy"], every=10_000),
-    "mrpc": dict(folder="MRPC", columns=["#1 String", "#2 String", "Quality"], labels=["0", "1"], metrics=["f1", "accuracy"], every=100),
+    "mrpc": dict(folder="MRPC", columns=["#1 String", "#2 String", "Quality"], labels=["0", "1"], metrics=["f1", "accuracy"],
+                 every=100),
     "qnli": dict(folder="QNLI", columns=["question", "sentence", "label"], labels=["entailment", "not_entailment"],
                  metrics=["accuracy"], every=100),
     "qqp": dict(folder="QQP", columns=["question1", "question2", "is_duplicate"], labels=["0", "1"], metrics=["f1", "accuracy"],
@@ -36,7 +37,8 @@ TASKS = {
     "rte": dict(folder="RTE", columns=["sentence1", "sentence2", "label"], labels=["entailment", "not_entailment"],
                 metrics=["accuracy"], every=10),
     "sst2": dict(folder="SST-2", columns=["sentence", "label"], labels=["0", "1"], metrics=["accuracy"], every=1_000),
-    "stsb": dict(folder="STS-B", columns=["sentence1", "sentence2", "score"], labels=None, metrics=["pearson", "spearman"], every=100),
+    "stsb": dict(folder="STS-B", columns=["sentence1", "sentence2", "score"], labels=None, metrics=["pearson", "spearman"],
+                 every=100),
     "wnli": dict(folder="WNLI", columns=["sentence1", "sentence2", "label"], labels=["0", "1"], metrics=["accuracy"], every=10),
 }  # fmt: skip
 # The same texts in the hub's nyu-mll/glue.
@@ -183,21 +185,20 @@ def read_tsv(path: pathlib.Path, task: dict) -> datasets.Dataset:
         if missing:
             raise UserError(f"{path} has no column {', '.join(missing)}; its header is: {', '.join(header) or '(empty file)'}")
         columns = [header.index(column) for column in columns]
-    if len(rows) <= first:
-        raise UserError(f"{path} has no rows")
-    texts = [[] for _ in columns[:-1]]
+    whole = [(number, row) for number, row in enumerate(rows[first:], first + 1) if len(row) > max(columns)]
+    if not whole:
+        raise UserError(f"{path} has no rows with {max(columns) + 1} columns")
+    if len(whole) < len(rows) - first:  # QQP's has a few
+        print(f"{path.name}: {len(rows) - first - len(whole)} rows lack columns and are left out")
     labels = []
-    for number, row in enumerate(rows[first:], first + 1):
+    for number, row in whole:
         try:
             value = row[columns[-1]]
             labels.append(float(value) if task["labels"] is None else task["labels"].index(value))
-            for text, column in zip(texts, columns):
-                text.append(row[column])
-        except (IndexError, ValueError):
+        except ValueError:
             wanted = "a number" if task["labels"] is None else f"one of {', '.join(task['labels'])}"
-            raise UserError(
-                f"{path}, line {number}: {len(row)} columns, where the label in column {columns[-1] + 1} is {wanted}"
-            ) from None
+            raise UserError(f"{path}, line {number}: the label is {value!r}, where it should be {wanted}") from None
+    texts = [[row[column] for _, row in whole] for column in columns[:-1]]
     return datasets.Dataset.from_dict({**dict(zip(("text", "text2"), texts)), "label": labels})
 
 

@@ -31,6 +31,7 @@ leaves in C exactly what training changed, which is all that has to be saved. A 
 that is None stands for the identity; with neither basis this is the paper's MeProp.
 """
 
+import copy
 import itertools
 import math
 import re
@@ -328,34 +329,23 @@ class Plan(NamedTuple):
 
 def cheapest_plan(tokens: int, out: int, in_: int, r_out: int | None, r_in: int | None) -> Plan:
     """The plan of fewest multiply-adds a step; `r_out`, `r_in` None for a side not rotated."""
-    c_out, c_in = r_out or out, r_in or in_
-    rotate_x, rotate_y = tokens * in_ * (r_in or 0), tokens * out * (r_out or 0)
-    middle, whole = tokens * c_out * c_in, tokens * out * in_
-    merge = out * in_ + min(_core_first(out, in_, r_out, r_in), _core_last(out, in_, r_out, r_in))
-    rotate_grad = min((r_out or 0) * out * in_ + c_out * in_ * (r_in or 0), out * in_ * (r_in or 0) + (r_out or 0) * out * c_in)
+    rows, columns = r_out or out, r_in or in_  # of the core
+    r_out, r_in = r_out or 0, r_in or 0  # a product by the identity costs nothing
+    rotate = tokens * (in_ * r_in + out * r_out)  # x U and dY V
+    expand = min(rows * r_in * in_ + out * r_out * in_, out * r_out * columns + out * r_in * in_)  # V C Uᵀ
+    reduce = min(r_out * out * in_ + rows * in_ * r_in, out * in_ * r_in + r_out * out * columns)  # Vᵀ G U
     costs = {
-        Plan(merge=False, tokens=True): 2 * (rotate_x + rotate_y) + 3 * middle,
-        Plan(merge=True, tokens=True): merge + rotate_x + rotate_y + middle,
-        Plan(merge=True, tokens=False): merge + whole + rotate_grad,
+        Plan(merge=False, tokens=True): 2 * rotate + 3 * tokens * rows * columns,
+        Plan(merge=True, tokens=True): out * in_ + expand + rotate + tokens * rows * columns,
+        Plan(merge=True, tokens=False): out * in_ + expand + reduce + tokens * out * in_,
     }
     return min(costs, key=costs.get)
 
 
-def _core_first(out, in_, r_out, r_in):  # V (C Uᵀ)
-    return (r_out or out) * (r_in or 0) * in_ + out * (r_out or 0) * in_
-
-
-def _core_last(out, in_, r_out, r_in):  # (V C) Uᵀ
-    return out * (r_out or 0) * (r_in or in_) + out * (r_in or 0) * in_
-
-
 def _expand(core: Tensor, U: Tensor | None, V: Tensor | None) -> Tensor:
     """V C Uᵀ `(out, in)`, in the cheaper order."""
-    if U is None or V is None:
-        delta = core if U is None else core @ U.T
-        return delta if V is None else V @ delta
-    sizes = V.shape[0], U.shape[0], V.shape[1], U.shape[1]
-    return V @ (core @ U.T) if _core_first(*sizes) <= _core_last(*sizes) else (V @ core) @ U.T
+    factors = [f for f in (V, core, None if U is None else U.T) if f is not None]
+    return torch.linalg.multi_dot(factors) if len(factors) > 1 else core
 
 
 class SparseGradFunction(torch.autograd.Function):
@@ -588,20 +578,11 @@ def _replace_linears(model: nn.Module, layers: Mapping[str, tuple[Basis, float |
         _check_fit(name, _out_in(modules[name], modules[name].weight), basis, k)
     copies: dict[int, Basis] = {}
     for name, (basis, k) in layers.items():
-        linear = modules[name]
         borrowed = id(basis) in copies
-        if not borrowed:
-            like = dict(device=linear.weight.device, dtype=_at_least_fp32(linear.weight.dtype), copy=True)
-            copies[id(basis)] = Basis(*(None if b is None else b.detach().to(**like) for b in (basis.U, basis.V)))
-        layer = SparseGradLinear.from_linear(linear, copies[id(basis)], k)
+        layer = SparseGradLinear.from_linear(modules[name], copies.setdefault(id(basis), copy.deepcopy(basis)), k)
         if borrowed:
             layer._borrow_basis()
-        _set_module(model, name, layer)
-
-
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+        model.set_submodule(name, layer)
 
 
 def unpatch_model(model: nn.Module) -> None:
@@ -611,7 +592,7 @@ def unpatch_model(model: nn.Module) -> None:
     if not layers:
         raise ValueError("the model has no SparseGrad layers")
     for name, layer in layers.items():
-        _set_module(model, name, layer.to_linear())
+        model.set_submodule(name, layer.to_linear())
 
 
 # -------------------------------------------------------------------------- the optimizer

@@ -285,10 +285,10 @@ def write(folder, name, text):
     [
         (None, "train.tsv is missing"),
         ("", "has no column sentence, label; its header is: (empty file)"),
-        ("sentence\tlabel\n", "has no rows"),
+        ("sentence\tlabel\n", "has no rows with 2 columns"),
         ("text\tlabel\nfine\t1\n", "has no column sentence; its header is: text, label"),
-        ("sentence\tlabel\nfine\t1\nodd\tmaybe\n", "line 3: 2 columns, where the label in column 2 is one of 0, 1"),
-        ("sentence\tlabel\nfine\n", "line 2: 1 columns"),
+        ("sentence\tlabel\nfine\t1\nodd\tmaybe\n", "line 3: the label is 'maybe', where it should be one of 0, 1"),
+        ("sentence\tlabel\nfine\n", "has no rows with 2 columns"),
     ],
 )
 def test_bad_files_are_named_before_training(glue, tmp_path, train, message):
@@ -298,6 +298,13 @@ def test_bad_files_are_named_before_training(glue, tmp_path, train, message):
     code, _, err = glue("--task", "sst2", "--data", str(tmp_path))
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
     assert not pathlib.Path("runs").exists()
+
+
+def test_rows_that_lack_columns_are_counted_and_left_out(tmp_path, capsys):
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\nfine\t1\nbroken\nbad\t0\n")
+    rows = glue_run.read_tsv(tmp_path / "train.tsv", glue_run.TASKS["sst2"])
+    assert rows["text"] == ["fine", "bad"] and rows["label"] == [1, 0]
+    assert "1 rows lack columns" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(glue):
