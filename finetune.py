@@ -5,6 +5,7 @@ method on a model, measures time and memory, and writes what came out.
 """
 
 import argparse
+import importlib.metadata
 import json
 import math
 import os
@@ -15,11 +16,13 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -29,10 +32,11 @@ import sparsegrad
 METHODS = ("ft", "lora", "meprop", "sparsegrad")
 SPARSE = ("meprop", "sparsegrad")
 ADAPTER = "sparsegrad.safetensors"
+PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "scipy", "scikit-learn")
 FIRST_STEPS = 5  # left out of the steps per second: allocations and caches
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the caller can mend: told in one line, exit code 2."""
 
 
@@ -55,16 +59,17 @@ def share_or_count(text: str) -> float | int:
     return k
 
 
-def number(kind: type, least: float) -> Callable[[str], float]:
-    """An argparse type: a finite `kind` (int or float) of at least `least`."""
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite `kind` (int or float) from `least` to `most`."""
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not {'a whole' if kind is int else 'a'} number of {least} or more")
+        if not least <= value <= most or value == math.inf:
+            limit = "or more" if most == math.inf else f"to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not {'a whole' if kind is int else 'a'} number of {least} {limit}")
         return value
 
     return parse
@@ -87,21 +92,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=number(float, 0.001))
     add("--max-steps", type=number(int, 1))
     add("--max-train-samples", type=number(int, 1))
-    add("--seed", type=number(int, 0), default=0)
+    add("--seed", type=number(int, 0, 2**32 - 3), default=0)
     add("--freeze", action="store_true", help="train only the method's parameters and the head, not the rest of the model")
     add("--bf16", action="store_true", help="mixed precision")
     add("--output-dir", type=pathlib.Path, help="default: a new folder below runs/")
     add("--resume", type=pathlib.Path, metavar="DIR", help="go on with the interrupted run in DIR, with its own options")
+    parser.set_defaults(hub=None)
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """No option is ignored: one that the method has no use for is an error."""
+    uses = {"k": ("lora", *SPARSE), "rank": ("lora", "sparsegrad")} | dict.fromkeys(
+        ("share", "sides", "basis_steps"), ("sparsegrad",)
+    )
+    for name, methods in uses.items():
+        if args.method not in methods and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is of no use to --method {args.method}, only to {', '.join(methods)}")
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; errors of the caller's end in one line and exit code 2."""
     try:
         main()
-    except (UserError, ValueError) as error:
+    except ValueError as error:
         if not isinstance(error, UserError) and not _ours(error):
             raise
-        sys.exit(_fail(str(error)))
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; --resume DIR goes on from the last checkpoint of the run's folder, if it has one", file=sys.stderr)
         sys.exit(130)
@@ -113,11 +130,6 @@ def _ours(error: BaseException) -> bool:
     while tb.tb_next:
         tb = tb.tb_next
     return pathlib.Path(tb.tb_frame.f_code.co_filename).name == "sparsegrad.py"
-
-
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
 
 
 # --------------------------------------------------------------------------------- models
@@ -134,7 +146,10 @@ def hub_reachable(seconds: float = 3.0) -> bool:
             request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
             with urllib.request.urlopen(request, timeout=seconds):
                 answered.set()
-        except OSError:
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code not in (403, 407):  # a proxy's no is none of the hub's
+                answered.set()
+        except (OSError, ValueError):
             pass
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -147,7 +162,7 @@ def from_pretrained(auto_class, name: str, hub: bool, **options):
     """`auto_class.from_pretrained`, from a folder, the hub, or what the hub left in the cache."""
     try:
         return auto_class.from_pretrained(name, local_files_only=not hub and not os.path.isdir(name), **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if hub or os.path.isdir(name) else "no such folder, not in the cache, no hub"
         raise UserError(f"--model {name} cannot be loaded ({reason}); pass a hub name or a folder with config.json") from None
 
@@ -182,8 +197,8 @@ def apply_method(model: nn.Module, args: argparse.Namespace, batches: Iterable, 
         for linear in linears.values():
             linear.weight.requires_grad_(True)
     elif args.method == "lora":
-        _add_lora(model, args.rank or lora_rank(linears.values(), sum(budget)), list(linears))
         info["lora_rank"] = args.rank or lora_rank(linears.values(), sum(budget))
+        _add_lora(model, info["lora_rank"], list(linears))
     else:
         bases = None
         if args.method == "sparsegrad":
@@ -280,8 +295,8 @@ class Measure(transformers.TrainerCallback):
             control.should_save = control.should_evaluate = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for key in ("loss", "eval_loss"):
-            if not math.isfinite(logs.get(key, 0.0)):
+        for key in (key for key in logs if key.endswith("loss")):
+            if not math.isfinite(logs[key]):
                 raise UserError(f"{key} is {logs[key]} at step {state.global_step}: lower --lr (it is {args.learning_rate:g})")
 
     def on_save(self, args, state, control, model=None, **kwargs):
@@ -337,6 +352,8 @@ def train_and_report(
         info = apply_method(model, args, basis_batches(), train_head)
         info["frozen"] = [name for name, p in model.named_parameters() if not p.requires_grad]
         write_json(folder / "method.json", info)
+        if not (args.output_dir / "arguments.json").exists():  # only now: a start that failed blocks no folder
+            write_json(args.output_dir / "arguments.json", _plain(args))
     print(f"{'resuming from ' + os.path.basename(checkpoint) if checkpoint else 'training'} ...", flush=True)
 
     measure = Measure()
@@ -370,7 +387,7 @@ def train_and_report(
     if args.method in SPARSE:
         save_file(sparsegrad.sparsegrad_state_dict(model), folder / ADAPTER)
     results = {
-        "arguments": {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in vars(args).items()},
+        "arguments": _plain(args),
         "seed": args.seed,
         "used": used,
         "metrics": final or trainer.evaluate(),
@@ -379,8 +396,7 @@ def train_and_report(
         **count_parameters(model),
         **{key: value for key, value in info.items() if key not in ("frozen", "basis_seconds")},
         **measured,
-        "versions": {m: __import__(m).__version__ for m in ("torch", "transformers", "peft", "datasets", "numpy")}
-        | {"python": platform.python_version()},
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "git_commit": _git_commit(),
         "machine": _machine(),
     }
@@ -391,6 +407,10 @@ def train_and_report(
 def _freeze_like(model: nn.Module, frozen: list[str]) -> None:
     for name, p in model.named_parameters():
         p.requires_grad_(name not in frozen)
+
+
+def _plain(args: argparse.Namespace) -> dict:
+    return {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in vars(args).items()}
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
@@ -430,14 +450,14 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
         return args
     try:
         saved = json.loads((args.resume / "arguments.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"--resume {args.resume}: no arguments.json there, so no run to go on with") from None
+    except (OSError, ValueError):
+        raise UserError(f"--resume {args.resume}: no arguments.json there that can be read, so no run to go on with") from None
     paths = {key: pathlib.Path(saved[key]) for key in ("data", "output_dir") if saved.get(key)}
     return argparse.Namespace(**{**saved, **paths, "resume": args.resume, "output_dir": args.resume})
 
 
 def open_folder(args: argparse.Namespace, name: str) -> pathlib.Path:
-    """The run's folder: a new one, or the one resumed; its options are written there."""
+    """The run's folder, not made yet: a new one, or the one resumed."""
     if args.resume is not None:
         return args.resume
     if args.output_dir is None:
@@ -445,8 +465,9 @@ def open_folder(args: argparse.Namespace, name: str) -> pathlib.Path:
         args.output_dir = next(path for path in candidates if not path.exists())
     elif (args.output_dir / "arguments.json").exists():
         raise UserError(f"{args.output_dir} holds a run already; pass --resume {args.output_dir}, or another --output-dir")
-    options = {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in vars(args).items()}
-    write_json(args.output_dir / "arguments.json", options)
+    there = next(path for path in (args.output_dir, *args.output_dir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--output-dir {args.output_dir}: {there} is not a folder that can be written to")
     return args.output_dir
 
 

@@ -7,6 +7,7 @@ sentences that come with the requirements, and says so.
 
 import csv
 import importlib.util
+import math
 import pathlib
 import random
 import statistics
@@ -68,7 +69,9 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     data_given, model_given = args.data is not None, args.model is not None
-    hub = finetune.hub_reachable() if not (data_given and model_given and pathlib.Path(args.model).is_dir()) else False
+    if args.hub is None:  # else a resumed run: what it was begun with
+        args.hub = not (data_given and model_given and pathlib.Path(args.model).is_dir()) and finetune.hub_reachable()
+    hub = args.hub
     model_name, model_note = find_model(args.model, hub)
     splits, data_note = load_data(args, hub)
     print(f"model: {model_note}\ndata:  {data_note}")
@@ -103,6 +106,7 @@ def parse():
     args = parser.parse_args()
     if args.task is None and args.resume is None:
         parser.error(f"--task is missing: one of {', '.join(sorted(TASKS))}")
+    finetune.check_options(parser, args)
     return args
 
 
@@ -162,7 +166,11 @@ def load_folder(folder: pathlib.Path, name: str) -> dict[str, datasets.Dataset]:
     task = TASKS[name]
     for candidate in (folder / name, folder):
         if (candidate / "dataset_dict.json").exists():
-            return from_hub_layout(datasets.load_from_disk(str(candidate)), name, candidate)
+            try:
+                loaded = datasets.load_from_disk(str(candidate))
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(f"{candidate} cannot be read as saved by datasets: {error}") from None
+            return from_hub_layout(loaded, name, candidate)
     base = folder / task["folder"] if (folder / task["folder"]).is_dir() else folder
     devs = {"matched": "dev_matched", "mismatched": "dev_mismatched"} if name == "mnli" else {"dev": "dev"}
     files = {split: base / f"{stem}.tsv" for split, stem in {"train": "train", **devs}.items()}
@@ -176,8 +184,11 @@ def load_folder(folder: pathlib.Path, name: str) -> dict[str, datasets.Dataset]:
 
 def read_tsv(path: pathlib.Path, task: dict) -> datasets.Dataset:
     """Rows of one of GLUE's files: tab-separated, quotes are text, maybe a byte-order mark."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not tab-separated UTF-8 text: {error}") from None
     columns, first = task["columns"], 0
     if isinstance(columns[0], str):
         header, first = (rows or [[]])[0], 1
@@ -195,6 +206,8 @@ def read_tsv(path: pathlib.Path, task: dict) -> datasets.Dataset:
         try:
             value = row[columns[-1]]
             labels.append(float(value) if task["labels"] is None else task["labels"].index(value))
+            if not math.isfinite(labels[-1]):
+                raise ValueError(value)
         except ValueError:
             wanted = "a number" if task["labels"] is None else f"one of {', '.join(task['labels'])}"
             raise UserError(f"{path}, line {number}: the label is {value!r}, where it should be {wanted}") from None
@@ -220,6 +233,13 @@ def from_hub_layout(loaded, name: str, where) -> dict[str, datasets.Dataset]:
         if not len(loaded[theirs]):
             raise UserError(f"{where}, split {theirs}, has no rows")
         kept = loaded[theirs].select_columns([*texts, "label"])
+        right = (
+            (lambda v: isinstance(v, float)) if TASKS[name]["labels"] is None else range(len(TASKS[name]["labels"])).__contains__
+        )
+        wrong = next((v for v in kept["label"] if not right(v)), None)
+        if wrong is not None:
+            wanted = "a float" if TASKS[name]["labels"] is None else f"0 to {len(TASKS[name]['labels']) - 1}"
+            raise UserError(f"{where}, split {theirs}: a label is {wrong!r}, where it should be {wanted}")
         splits[ours] = kept.rename_columns(dict(zip(texts, ("text", "text2"))))
     return splits
 
@@ -255,6 +275,8 @@ def glue_metrics(names: list[str], prediction) -> dict[str, float]:
 
 def run_seed(args, folder, task, model_name, hub, splits, used) -> dict:
     tokenizer = finetune.from_pretrained(transformers.AutoTokenizer, model_name, hub)
+    if tokenizer.pad_token is None:
+        raise UserError(f"--model {model_name} has no padding token, which batches of sentences need: pass a BERT-like model")
 
     def tokenize(rows):
         texts = [rows["text"], rows["text2"]] if "text2" in rows else [rows["text"]]

@@ -26,11 +26,12 @@ rotate the gradient into that basis, keep its k largest entries, train only thos
 The paper (§3.2) trains W̃ = Vᵀ W U itself. With complete bases V C Uᵀ + W = V (C + W̃) Uᵀ:
 C is W̃ less its initial value, with the same gradient and the same Adam steps. Starting
 at zero makes an untrained layer equal the linear bit for bit, lets the bases be
-truncated (r < out, in) or absent, keeps tiny updates from vanishing in a bf16 W, and
-leaves in C exactly what training changed, which is all that has to be saved. A basis
+truncated (r < out, in) or absent, lets C train in fp32 beside a W in bf16, and leaves in
+C exactly what training changed, which is all that has to be saved. A basis
 that is None stands for the identity; with neither basis this is the paper's MeProp.
 """
 
+import collections
 import copy
 import itertools
 import math
@@ -105,7 +106,7 @@ def mlp_linears(model: nn.Module, target_modules: str | Iterable[str] | None = N
     """
     linears = {name: m for name, m in model.named_modules() if name and _is_linear(m)}
     if target_modules is None or isinstance(target_modules, str):
-        pattern = re.compile(target_modules or MLP_LINEARS)
+        pattern = re.compile(MLP_LINEARS if target_modules is None else target_modules)
         found = {name: m for name, m in linears.items() if pattern.fullmatch(name)}
     else:
         endings = tuple(target_modules)
@@ -151,14 +152,23 @@ def _model_loss(model: nn.Module, batch) -> Tensor:
     return loss
 
 
-def _back_propagate(model, linears, batches, n_steps, lr, loss_fn, callback, visit: Callable[[str, Tensor], None]):
+def _back_propagate(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    batches: Iterable,
+    visit: Callable[[str, Tensor], None],
+    n_steps: int = 30,
+    lr: float = 5e-5,
+    loss_fn: Callable[[nn.Module, object], Tensor] = _model_loss,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> None:
     """Run `n_steps` of training of `linears` alone, show `visit` each weight gradient
     `(out, in)` in fp32 or better, and leave the model as it was, come what may."""
     weights = {name: linear.weight for name, linear in linears.items()}
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     kept = [(w, w.data, w.grad) for w in weights.values()]
-    buffers = [(b, b.clone()) for b in model.buffers()]
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     optimizer, step = None, -1
     try:
         model.train().requires_grad_(False)
@@ -192,7 +202,8 @@ def _back_propagate(model, linears, batches, n_steps, lr, loss_fn, callback, vis
     finally:
         for weight, data, grad in kept:
             weight.data, weight.grad = data, grad
-        for buffer, before in buffers:
+        for m, name, buffer, before in buffers:
+            m._buffers[name] = buffer
             with torch.no_grad():
                 buffer.copy_(before)
         for p, flag in flags:
@@ -204,23 +215,16 @@ def _back_propagate(model, linears, batches, n_steps, lr, loss_fn, callback, vis
 
 
 def collect_gradients(
-    model: nn.Module,
-    batches: Iterable,
-    target_modules: str | Iterable[str] | None = None,
-    *,
-    n_steps: int = 30,
-    lr: float = 5e-5,
-    loss_fn: Callable[[nn.Module, object], Tensor] = _model_loss,
-    callback: Callable[[int, Tensor], None] | None = None,
+    model: nn.Module, batches: Iterable, target_modules: str | Iterable[str] | None = None, **options
 ) -> dict[str, Tensor]:
     """Name -> weight gradients `(steps, out, in)` of the MLP linears, fp32 or better (§3.1).
 
-    The arguments are those of `find_bases`, which needs no such stack; use this to look.
+    `options` are `n_steps`, `lr`, `loss_fn`, `callback` of `find_bases`, which needs no such
+    stack; use this to look at gradients.
     """
     linears = mlp_linears(model, target_modules)
     stack = {name: [] for name in linears}
-    visit = lambda name, grad: stack[name].append(grad.clone())  # noqa: E731
-    _back_propagate(model, linears, batches, n_steps, lr, loss_fn, callback, visit)
+    _back_propagate(model, linears, batches, lambda name, grad: stack[name].append(grad.clone()), **options)
     return {name: torch.stack(grads) for name, grads in stack.items()}
 
 
@@ -232,10 +236,7 @@ def find_bases(
     share: str = "role",
     sides: str = "both",
     rank: int | None = None,
-    n_steps: int = 30,
-    lr: float = 5e-5,
-    loss_fn: Callable[[nn.Module, object], Tensor] = _model_loss,
-    callback: Callable[[int, Tensor], None] | None = None,
+    **options,
 ) -> dict[str, Basis]:
     """Name of layer -> Basis: the HOSVD of §3.1, streamed.
 
@@ -244,9 +245,10 @@ def find_bases(
     matrices, `(out, out)` and `(in, in)`, however many steps are taken.
 
     Trains the MLP linears alone by AdamW, in train mode, on at most `n_steps` of
-    `batches`, at learning rate `lr` (0: stay in place, no optimizer memory), then undoes
-    it: weights, buffers, flags, modes and gradients are as before, also after an error.
+    `batches`, at learning rate `lr`, then undoes it: weights, buffers, flags, modes and
+    gradients are as before, also after an error.
 
+    n_steps, lr: 30 and 5e-5 by default; lr 0 stays in place and needs no optimizer's memory.
     share: "role", one basis for all blocks' layers of a role, as in the paper; "layer", one each.
     sides: "both"; "narrow", only the shorter side of each weight (the input side of a square one).
     rank: columns to keep a side; None, all of them (complete bases, as in the paper).
@@ -277,7 +279,7 @@ def find_bases(
         if gram_out is not None:
             gram_out.addmm_(grad, grad.T)  # (out, in) @ (in, out)
 
-    _back_propagate(model, linears, batches, n_steps, lr, loss_fn, callback, visit)
+    _back_propagate(model, linears, batches, visit, **options)
     bases = {}
     for group, pair in grams.items():
         name = next(n for n, g in groups.items() if g == group)
@@ -358,6 +360,7 @@ class SparseGradFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, core, U, V, bias, k, plan, dtype):
+        shared = U, V  # by many layers, so these are saved, and cast again in backward
         C, U, V = (None if t is None else t.to(dtype) for t in (core, U, V))
         x = x.to(dtype)
         merged = (residual + _expand(C, U, V)).to(dtype) if plan.merge else None
@@ -369,7 +372,7 @@ class SparseGradFunction(torch.autograd.Function):
         if not plan.merge:
             middle = rotated @ C.T  # (T, r_in) @ (r_in, r_out)
             y += middle if V is None else middle @ V.T  # (T, r_out) @ (r_out, out)
-        ctx.save_for_backward(rotated if train_core else None, residual, core, U, V, merged)
+        ctx.save_for_backward(rotated if train_core else None, residual, core, *shared, merged)
         ctx.k, ctx.plan, ctx.dtypes = k, plan, (dtype, None if bias is None else bias.dtype)
         return y
 
@@ -378,7 +381,7 @@ class SparseGradFunction(torch.autograd.Function):
     def backward(ctx, dy):
         rotated, residual, core, U, V, merged = ctx.saved_tensors
         dtype, bias_dtype = ctx.dtypes
-        dy = dy.to(dtype)
+        dy, U, V = (None if t is None else t.to(dtype) for t in (dy, U, V))
         dx = d_core = d_bias = None
         dyv = dy if V is None or not ctx.plan.tokens else dy @ V  # (T, out) @ (out, r_out)
         if ctx.needs_input_grad[0]:
@@ -420,7 +423,9 @@ class SparseGradLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, basis: Basis, k: float | int | None) -> "SparseGradLinear":
-        """Wrap an nn.Linear or GPT-2 Conv1D. The weight is taken over, not copied.
+        """Wrap an nn.Linear or GPT-2 Conv1D. The weight is taken over, not copied (but a
+        Conv1D's is transposed); `basis` becomes the layer's own, and moves to where and as
+        what the core is.
 
         k: entries a step, as a count (int), or as a share of `out * in` (float, at most
         the whole core); None gives a dense gradient. Raises ValueError if the basis does
@@ -492,8 +497,8 @@ def _check_fit(name: str, weight: Tensor, basis: Basis, k: float | int | None) -
     """Entries to keep for a `weight` (out, in); ValueError if basis or k do not fit it."""
     out, in_ = weight.shape
     for side, vectors, size in (("U", basis.U, in_), ("V", basis.V, out)):
-        if vectors is not None and (vectors.dim() != 2 or vectors.shape[0] != size or vectors.shape[1] > size):
-            raise ValueError(f"{side} of {name} is {tuple(vectors.shape)}; for a weight ({out}, {in_}) it is ({size}, r <= {size})")
+        if vectors is not None and (vectors.dim() != 2 or vectors.shape[0] != size or not 1 <= vectors.shape[1] <= size):
+            raise ValueError(f"{side} of {name} is {tuple(vectors.shape)}; for a weight ({out}, {in_}) it is ({size}, 1 to {size})")
     rows, columns = _core_shape(basis, out, in_)
     if k is None:
         return None
@@ -561,28 +566,28 @@ def patch_model(
         bases = dict.fromkeys(mlp_linears(model, target_modules), Basis())
     elif target_modules is not None:
         raise ValueError("target_modules goes with bases=None; bases name their layers themselves")
-    _replace_linears(model, {name: (basis, k) for name, basis in bases.items()})
-    return summary(model)
-
-
-def _replace_linears(model: nn.Module, layers: Mapping[str, tuple[Basis, float | int | None]]) -> None:
-    if not layers:
+    if not bases:
         raise ValueError("no layers to patch: the bases are empty")
     if sparsegrad_layers(model):
         raise ValueError("the model is patched already; unpatch_model(model) takes its SparseGrad layers out")
     modules = dict(model.named_modules())
-    for name, (basis, k) in layers.items():
-        if not name or not _is_linear(modules.get(name, nn.Module())):
-            what = f"a {type(modules[name]).__name__}" if name in modules else "not in the model"
+    owners = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name, basis in bases.items():
+        linear = modules.get(name, nn.Module())
+        if not name or not _is_linear(linear):
+            what = f"a {type(linear).__name__}" if name in modules else "not in the model"
             raise ValueError(f"{name!r} should be a linear layer, but is {what}")
-        _check_fit(name, _out_in(modules[name], modules[name].weight), basis, k)
+        if owners[id(linear.weight)] > 1:
+            raise ValueError(f"the weight of {name} is tied to another of the model; a patched layer would untie it")
+        _check_fit(name, _out_in(linear, linear.weight), basis, k)
     copies: dict[int, Basis] = {}
-    for name, (basis, k) in layers.items():
+    for name, basis in bases.items():
         borrowed = id(basis) in copies
         layer = SparseGradLinear.from_linear(modules[name], copies.setdefault(id(basis), copy.deepcopy(basis)), k)
         if borrowed:
             layer._borrow_basis()
         model.set_submodule(name, layer)
+    return summary(model)
 
 
 def unpatch_model(model: nn.Module) -> None:
@@ -606,16 +611,15 @@ class SparseGradAdamW(torch.optim.Optimizer):
     two moments are dense, so its memory is AdamW's. Cores in fp16 or bf16 are refused,
     since steps of size lr would vanish in rounding.
 
-    k: cut COO gradients to their k largest entries (a count, or a share of the parameter
-    as float) before the step. Accumulation over micro-batches unites their supports;
-    this restores the sparsity. None leaves them as they are.
+    k: cut each COO gradient to its k largest entries before the step, a count. Accumulation
+    over micro-batches unites their supports; this restores the sparsity. None: no cut.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, k: float | int | None = None):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, k: int | None = None):
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
             raise ValueError(f"lr {lr}, eps {eps}, weight_decay {weight_decay} must be >= 0 and betas {betas} in [0, 1)")
-        if k is not None and not (0 < k <= 1 if isinstance(k, float) else k >= 1):
-            raise ValueError(f"k is {k}: a count is an int of 1 or more, a share a float above 0 and up to 1.0")
+        if k is not None and not (isinstance(k, int) and k >= 1):
+            raise ValueError(f"k is {k}: it is a count of entries, an int of 1 or more")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, k=k))
 
     @torch.no_grad()
@@ -628,6 +632,8 @@ class SparseGradAdamW(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse and p.dtype in (torch.float16, torch.bfloat16) for p in params):
                 raise ValueError("a core in fp16 or bf16 cannot train: its steps vanish in rounding; keep it in fp32")
+            if group["k"] is not None and any(p.grad.is_sparse and p.grad.dense_dim() for p in params):
+                raise ValueError("k cuts entries, but a gradient is sparse by rows (an embedding's): give it a group with k=None")
             for p in params:
                 state = self.state[p]
                 if not state:
@@ -663,9 +669,8 @@ class SparseGradAdamW(torch.optim.Optimizer):
         step = state["step"].item()
         grad = p.grad.coalesce()
         index, g = tuple(grad.indices()), grad.values()
-        k = round(group["k"] * p.numel()) if isinstance(group["k"], float) else group["k"]
-        if k is not None and len(g) > max(k, 1):
-            kept = g.abs().topk(max(k, 1), sorted=False).indices
+        if group["k"] is not None and len(g) > group["k"]:
+            kept = g.abs().topk(group["k"], sorted=False).indices
             index, g = tuple(i[kept] for i in index), g[kept]
         m = state["exp_avg"][index].lerp_(g, 1 - beta1)
         v = state["exp_avg_sq"][index].mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -678,8 +683,8 @@ class SparseGradAdamW(torch.optim.Optimizer):
 @torch.no_grad()
 def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients in place so that their joint 2-norm is at most `max_norm`, COO
-    ones counted by their summed entries; returns the norm before. torch's own raised on
-    COO gradients up to 2.13."""
+    ones counted by their summed entries; returns the norm before. With max_norm inf
+    nothing is scaled. torch's own raises on COO gradients up to 2.13."""
     values = []
     for p in [params] if isinstance(params, Tensor) else params:
         if p.grad is not None and p.grad.is_sparse:
@@ -689,7 +694,9 @@ def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> Tensor:
     if not values:
         return torch.tensor(0.0)
     device = values[0].device
-    norm = torch.stack([v.norm(dtype=torch.float32).to(device) for v in values]).norm()
+    norm = torch.stack([v.norm(dtype=_at_least_fp32(v.dtype)).to(device, torch.float32) for v in values]).norm()
+    if max_norm == math.inf:
+        return norm
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for v in values:
         v.mul_(scale.to(v.device))
@@ -703,32 +710,31 @@ def sparsegrad_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What training changed, and the bases: flat, and fit for `safetensors.torch.save_file`.
 
     `NAME.core.values`, and `.indices` (int32, into the flattened core) of its entries that
-    are not zero; `NAME.core.meta` (int64): out, in, number of the basis, k (-1: dense);
-    `sparsegrad.basis.NUMBER.U` and `.V`; all other trainable parameters and the model's
+    are not zero; `NAME.core.meta` (int64): out, in, r_out, r_in (0: no basis), number of the
+    basis, k (0: dense); `sparsegrad.basis.NUMBER.U` and `.V`; all other trainable parameters and the model's
     persistent buffers under their own names. Raises ValueError if nothing is patched.
     """
     layers = sparsegrad_layers(model)
     if not layers:
         raise ValueError("the model has no SparseGrad layers")
     state, numbers = {}, {}
-    ours = {f"{name}.{part}" for name in layers for part in ("core", "residual", "basis.U", "basis.V")}
-    trainable = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in model.state_dict().items():
-        if name not in ours and (name in trainable or name not in parameters):
+    ours = {f"{name}.{part}" for name in layers for part in ("core", "basis.U", "basis.V")}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: b for name, b in model.state_dict().items() if name not in parameters}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in {**trained, **buffers}.items():
+        if name not in ours:
             state[name] = tensor.detach().clone().contiguous()
     for name, layer in layers.items():
         number = numbers.setdefault(id(layer.basis), len(numbers))
-        for side in ("U", "V"):
-            vectors = getattr(layer.basis, side)
-            if vectors is not None:
-                state[f"sparsegrad.basis.{number}.{side}"] = vectors.detach().clone().contiguous()
+        for side, vectors in layer.basis.named_buffers():
+            state[f"sparsegrad.basis.{number}.{side}"] = vectors.detach().clone().contiguous()
         flat = layer.core.detach().flatten()
         index = flat.nonzero().squeeze(1)
         state[f"{name}.core.values"] = flat[index]
         state[f"{name}.core.indices"] = index.to(torch.int32)
-        k = -1 if layer.k is None else layer.k
-        state[f"{name}.core.meta"] = torch.tensor([layer.out_features, layer.in_features, number, k])
+        ranks = (0 if b is None else b.shape[1] for b in (layer.basis.V, layer.basis.U))
+        state[f"{name}.core.meta"] = torch.tensor([layer.out_features, layer.in_features, *ranks, number, layer.k or 0])
     return state
 
 
@@ -744,22 +750,36 @@ def load_sparsegrad_state_dict(model: nn.Module, state: Mapping[str, Tensor]) ->
     ours = {f"{name}.core.{part}" for name in metas for part in ("values", "indices", "meta")}
     others = {key: v for key, v in state.items() if key not in ours and not key.startswith("sparsegrad.basis.")}
     modules, tensors = dict(model.named_modules()), model.state_dict(keep_vars=True)
-    for name, (out, in_, _, _) in metas.items():
+    bases = {}
+    for name, meta in metas.items():
         module = modules.get(name)
         if isinstance(module, SparseGradLinear):
             raise ValueError(f"{name} is patched already: load into a fresh copy of the pretrained model")
         shape = tuple(_out_in(module, module.weight).shape) if module is not None and _is_linear(module) else None
-        if shape != (out, in_):
-            raise ValueError(f"{name} is a linear layer ({out}, {in_}) in the file, but {shape or 'none'} in the model")
+        if shape != tuple(meta[:2]):
+            raise ValueError(f"{name} is a linear layer {tuple(meta[:2])} in the file, but {shape or 'none'} in the model")
+        if len(meta) != 6:
+            raise ValueError(f"{name}.core.meta should be six numbers, but is {meta}")
+        out, in_, r_out, r_in, number, k = meta
+        entries = (r_out or out) * (r_in or in_)
+        values, index = (state.get(f"{name}.core.{part}", torch.empty(0, 0)) for part in ("values", "indices"))
+        whole = values.dim() == 1 and values.shape == index.shape and 0 <= k <= entries
+        if not whole or (len(index) and not 0 <= index.min() <= index.max() < entries):
+            raise ValueError(f"{name}.core is damaged: it should be as many values as indices, below {entries}")
+        for side, shape in (("U", (in_, r_in)), ("V", (out, r_out))):
+            basis = state.get(f"sparsegrad.basis.{number}.{side}", torch.empty(0, 0))
+            if shape[1] and tuple(basis.shape) != shape:
+                raise ValueError(f"sparsegrad.basis.{number}.{side} should be {shape}, for {name}, but is {tuple(basis.shape)}")
+        if number not in bases:
+            bases[number] = Basis(*(state.get(f"sparsegrad.basis.{number}.{side}") for side in "UV"))
     for name, value in others.items():
         shape = tuple(tensors[name].shape) if name in tensors else None
         if shape != tuple(value.shape):
             raise ValueError(f"{name} is {tuple(value.shape)} in the file, but {shape or 'missing'} in the model")
-    numbers = sorted({meta[2] for meta in metas.values()})
-    bases = {i: Basis(*(state.get(f"sparsegrad.basis.{i}.{side}") for side in "UV")) for i in numbers}
-    _replace_linears(model, {name: (bases[i], None if k < 0 else k) for name, (_, _, i, k) in metas.items()})
+    patch_model(model, {name: bases[meta[4]] for name, meta in metas.items()}, None)
     with torch.no_grad():
         for name, layer in sparsegrad_layers(model).items():
+            layer.k = metas[name][5] or None
             index = state[f"{name}.core.indices"].to(layer.core.device, torch.int64)
             layer.core.view(-1)[index] = state[f"{name}.core.values"].to(layer.core)
         for name, value in others.items():

@@ -1,8 +1,10 @@
 """Runs the scripts as a user does, on a tiny random model, and once on the stand-in's real one."""
 
+import argparse
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import time
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -103,6 +106,12 @@ def glue(model_folder, data_folder, tmp_path, monkeypatch, capsys):
 SHORT = ("--epochs", "1", "--batch-size", "8", "--basis-steps", "3", "--k", "0.05")
 
 
+def short(method):
+    """SHORT, less what the method has no use for."""
+    used = {"ft": SHORT[:4], "sparsegrad": SHORT}.get(method, (*SHORT[:4], *SHORT[6:]))
+    return ("--method", method, *used)
+
+
 def results(folder):
     return json.loads((pathlib.Path(folder) / "results.json").read_text())
 
@@ -147,7 +156,7 @@ def test_results_hold_what_a_reader_needs(glue):
 def test_every_method_trains_what_it_should(glue, freeze):
     found = {}
     for method in finetune.METHODS:
-        code, _, err = glue("--task", "sst2", "--method", method, *SHORT, "--output-dir", method, *["--freeze"] * freeze)
+        code, _, err = glue("--task", "sst2", *short(method), "--output-dir", method, *["--freeze"] * freeze)
         assert code == 0, err
         found[method] = results(method)
     mlp, head = 4 * 32 * 64, 32 * 2 + 2
@@ -174,10 +183,52 @@ def test_options_reach_the_method(glue):
     adapter = load_file("out/sparsegrad.safetensors")
     bases = {n: t for n, t in adapter.items() if "basis" in n}
     assert len(bases) == 4 and all(t.shape == (32, 6) for t in bases.values())
-    glue("--task", "sst2", *SHORT, "--method", "lora", "--rank", "5", "--max-train-samples", "16", "--output-dir", "lora")
+    glue("--task", "sst2", *short("lora"), "--rank", "5", "--max-train-samples", "16", "--output-dir", "lora")
     assert results("lora")["lora_rank"] == 5 and results("lora")["used"]["train_rows"] == 16
     glue("--task", "sst2", *SHORT, "--max-steps", "2", "--bf16", "--output-dir", "bf16")
     assert results("bf16")["steps"] == 2
+
+
+def test_the_papers_rates_are_used_for_its_models(glue, model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "bert-base-uncased")
+    for method, rate in (("sparsegrad", 6.81e-5), ("lora", 1e-4)):
+        glue("--task", "rte", "--method", method, "--model", "bert-base-uncased", "--max-steps", "1", "--output-dir", method)
+        arguments = results(method)["arguments"]
+        assert (arguments["lr"], arguments["batch_size"], arguments["epochs"]) == (rate, 16, 3)
+
+
+def test_metrics_are_glues():
+    two = argparse.Namespace(predictions=np.array([[0, 1], [0, 1], [1, 0], [1, 0]]), label_ids=np.array([1, 0, 1, 0]))
+    found = glue_run.glue_metrics(["accuracy", "f1", "matthews"], two)
+    assert found == {"accuracy": 0.5, "f1": 0.5, "matthews": 0.0}
+    two.label_ids = np.array([1, 1, 1, 0])
+    assert glue_run.glue_metrics(["f1"], two)["f1"] == pytest.approx(0.8)
+    score = argparse.Namespace(predictions=np.array([[1.0], [2.0], [9.0]]), label_ids=np.array([1.0, 2.0, 3.0]))
+    found = glue_run.glue_metrics(["pearson", "spearman"], score)
+    assert found["spearman"] == pytest.approx(1.0) and found["pearson"] == pytest.approx(0.9177, abs=1e-4)
+
+
+def test_batches_are_shuffled_by_seed_and_epoch_and_alike_in_length():
+    lengths = [1 + i % 40 for i in range(1000)]
+
+    def order(seed, epoch):
+        return list(finetune.LengthGroupedSampler(lengths, 8, seed, argparse.Namespace(epoch=epoch)))
+
+    assert order(0, 0) == order(0, 0.7) != order(0, 1.0) and order(0, 0) != order(1, 0)
+    assert sorted(order(0, 0)) == list(range(1000))
+    batches = [[lengths[i] for i in order(0, 0)[j : j + 8]] for j in range(0, 1000, 8)]
+    assert sum(max(b) for b in batches) < 0.7 * 40 * len(batches)
+
+
+def test_the_first_steps_are_not_timed(monkeypatch):
+    clock = iter([0.0, 10.0, 11.0, 12.0, 15.0])
+    watch = finetune.Measure()
+    monkeypatch.setattr(watch, "_now", lambda: next(clock))
+    watch.started = 0
+    for step in (finetune.FIRST_STEPS, finetune.FIRST_STEPS + 1, finetune.FIRST_STEPS + 2):
+        watch.on_step_begin(None, None, None)
+        watch.on_step_end(None, argparse.Namespace(global_step=step), None)
+    assert (watch.steps, watch.seconds) == (2, 4.0)
 
 
 def test_the_same_seed_gives_the_same_metric(glue):
@@ -201,7 +252,7 @@ def test_paper_adds_early_stopping_and_three_seeds(glue):
 
 def test_hyperparameters_of_the_paper():
     def of(model, task, method="sparsegrad", freeze=False):
-        args = glue_run.argparse_namespace = type("Args", (), dict(task=task, method=method, freeze=freeze))
+        args = argparse.Namespace(task=task, method=method, freeze=freeze)
         return glue_run.paper_hyperparameters(model, args)
 
     assert of("bert-base-uncased", "sst2") == (1.47e-5, 32)
@@ -216,9 +267,9 @@ def test_hyperparameters_of_the_paper():
 # -------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("method", ["sparsegrad", "lora"])
-def test_ctrl_c_and_resume_come_to_the_same_as_no_interruption(glue, method, monkeypatch):
-    options = ("--task", "sst2", "--method", method, *SHORT, "--epochs", "3")
+@pytest.mark.parametrize("method, extra", [("sparsegrad", ()), ("sparsegrad", ("--freeze",)), ("lora", ("--freeze",))])
+def test_ctrl_c_and_resume_come_to_the_same_as_no_interruption(glue, method, extra, monkeypatch):
+    options = ("--task", "sst2", *extra, *short(method), "--epochs", "3")
     glue(*options, "--output-dir", "straight")
 
     step_begin = finetune.Measure.on_step_begin
@@ -264,6 +315,11 @@ def test_ctrl_c_and_resume_come_to_the_same_as_no_interruption(glue, method, mon
         (["--task", "sst2", "--lr", "-1"], "-1"),
         (["--task", "sst2", "--batch-size", "0"], "0 is not a whole number"),
         (["--task", "sst2", "--model", "no/such"], "--model no/such cannot be loaded"),
+        (["--task", "sst2", "--seed", "-1"], "-1 is not a whole number of 0 to"),
+        (["--task", "sst2", "--method", "ft", "--k", "5"], "--k is of no use to --method ft"),
+        (["--task", "sst2", "--method", "meprop", "--rank", "5"], "--rank is of no use to --method meprop"),
+        (["--task", "sst2", "--method", "lora", "--basis-steps", "5"], "--basis-steps is of no use"),
+        (["--task", "sst2", "--output-dir", "/dev/null/x"], "/dev/null is not a folder"),
         (["--resume", "nowhere"], "no arguments.json"),
     ],
 )
@@ -277,7 +333,7 @@ def test_bad_options_end_in_one_line(glue, options, message, monkeypatch):
 
 def write(folder, name, text):
     (folder / "SST-2").mkdir(exist_ok=True)
-    (folder / "SST-2" / name).write_text(text, encoding="utf-8")
+    (folder / "SST-2" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 @pytest.mark.parametrize(
@@ -289,6 +345,8 @@ def write(folder, name, text):
         ("text\tlabel\nfine\t1\n", "has no column sentence; its header is: text, label"),
         ("sentence\tlabel\nfine\t1\nodd\tmaybe\n", "line 3: the label is 'maybe', where it should be one of 0, 1"),
         ("sentence\tlabel\nfine\n", "has no rows with 2 columns"),
+        ("sentence\tlabel\n" + 200_000 * "x" + "\t1\n", "is not tab-separated UTF-8 text"),
+        (b"sentence\tlabel\n\xff\t1\n", "is not tab-separated UTF-8 text"),
     ],
 )
 def test_bad_files_are_named_before_training(glue, tmp_path, train, message):
@@ -313,6 +371,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(glue):
     assert not pathlib.Path("out/results.json").exists()
 
 
+def test_mnli_losses_are_watched_too():
+    logs = {"eval_matched_loss": float("nan")}
+    with pytest.raises(finetune.UserError, match="eval_matched_loss is nan at step 7"):
+        finetune.Measure().on_log(argparse.Namespace(learning_rate=1.0), argparse.Namespace(global_step=7), None, logs=logs)
+
+
+def test_a_start_that_failed_blocks_no_folder(glue):
+    assert glue("--task", "sst2", *SHORT, "--rank", "99", "--output-dir", "out")[0] == 2
+    assert glue("--task", "sst2", *SHORT, "--rank", "9", "--output-dir", "out")[0] == 0
+
+
+def test_a_broken_model_file_is_one_line(glue, model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_bytes(b"short")
+    code, _, err = glue("--task", "sst2", "--model", str(tmp_path / "broken"), *SHORT)
+    assert code == 2 and "broken cannot be loaded" in err and len(err.strip().splitlines()) == 1
+
+
 def test_a_folder_with_a_run_is_not_written_over(glue):
     glue("--task", "sst2", *SHORT, "--output-dir", "out")
     before = pathlib.Path("out/results.json").read_bytes()
@@ -332,6 +408,36 @@ def test_data_saved_by_datasets(glue, tmp_path):
     datasets.DatasetDict({"train": part.remove_columns("label"), "validation": part}).save_to_disk(tmp_path / "bad")
     code, _, err = glue("--task", "sst2", "--data", str(tmp_path / "bad"), *SHORT)
     assert code == 2 and "split train, has no column label; it has sentence, idx" in err
+
+
+FIRST_ROWS = {  # of GLUE's own layout and of the hub's: texts, label
+    "cola": (["a fine film ."], 1),
+    "mnli": (["a fine film .", "a dull film ."], 0),
+    "mrpc": (["a fine film .", "a fine film ."], 1),
+    "qnli": (["a fine film .", "a fine film ."], 0),
+    "qqp": (["a fine film .", "a fine film ."], 1),
+    "rte": (["a fine film .", "a fine film ."], 0),
+    "sst2": (["a fine film ."], 1),
+    "stsb": (["a fine film .", "a fine film ."], 4.8),
+    "wnli": (["a fine film .", "a fine film ."], 1),
+}
+
+
+@pytest.mark.parametrize("task", sorted(FIRST_ROWS))
+def test_texts_and_labels_of_each_layout(task, data_folder):
+    texts, label = FIRST_ROWS[task]
+    expected = dict(zip(("text", "text2"), texts)) | {"label": label}
+    train = glue_run.load_folder(data_folder, task)["train"]
+    assert train[0] == expected and len(train) == 24
+
+    names = {"mnli": ["premise", "hypothesis"], "qnli": ["question", "sentence"], "qqp": ["question1", "question2"]}
+    names = names.get(task, ["sentence1", "sentence2"] if len(texts) == 2 else ["sentence"])
+    part = datasets.Dataset.from_list([dict(zip(names, texts)) | {"label": label, "idx": 0}])
+    splits = ["train", "validation_matched", "validation_mismatched"] if task == "mnli" else ["train", "validation"]
+    assert glue_run.from_hub_layout(dict.fromkeys(splits, part), task, "here")["train"][0] == expected
+    wrong = part.remove_columns("label").add_column("label", ["maybe"])
+    with pytest.raises(finetune.UserError, match="a label is 'maybe'"):
+        glue_run.from_hub_layout(dict.fromkeys(splits, wrong), task, "here")
 
 
 @pytest.mark.parametrize("task, rows", [("sst2", (67349, 872)), ("mrpc", (3668, 408)), ("stsb", (5749, 1500))])
