@@ -217,7 +217,8 @@ def read_tsv(path: pathlib.Path, task: dict) -> datasets.Dataset:
 
 def from_hub_layout(loaded, name: str, where) -> dict[str, datasets.Dataset]:
     """Splits and columns as in the hub's nyu-mll/glue, renamed to ours."""
-    texts = HUB_COLUMNS.get(name) or TASKS[name]["columns"][:-1]
+    task = TASKS[name]
+    texts = HUB_COLUMNS.get(name) or task["columns"][:-1]
     names = {"train": "train"} | (
         {"matched": "validation_matched", "mismatched": "validation_mismatched"} if name == "mnli" else {"dev": "validation"}
     )
@@ -233,13 +234,11 @@ def from_hub_layout(loaded, name: str, where) -> dict[str, datasets.Dataset]:
         if not len(loaded[theirs]):
             raise UserError(f"{where}, split {theirs}, has no rows")
         kept = loaded[theirs].select_columns([*texts, "label"])
-        right = (
-            (lambda v: isinstance(v, float)) if TASKS[name]["labels"] is None else range(len(TASKS[name]["labels"])).__contains__
-        )
-        wrong = next((v for v in kept["label"] if not right(v)), None)
-        if wrong is not None:
-            wanted = "a float" if TASKS[name]["labels"] is None else f"0 to {len(TASKS[name]['labels']) - 1}"
-            raise UserError(f"{where}, split {theirs}: a label is {wrong!r}, where it should be {wanted}")
+        labels = task["labels"]
+        wrong = [v for v in kept["label"] if not (isinstance(v, float) if labels is None else v in range(len(labels)))]
+        if wrong:
+            wanted = "a float" if labels is None else f"0 to {len(labels) - 1}"
+            raise UserError(f"{where}, split {theirs}: a label is {wrong[0]!r}, where it should be {wanted}")
         splits[ours] = kept.rename_columns(dict(zip(texts, ("text", "text2"))))
     return splits
 
