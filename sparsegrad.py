@@ -383,7 +383,9 @@ class SparseGradFunction(torch.autograd.Function):
         dtype, bias_dtype = ctx.dtypes
         dy, U, V = (None if t is None else t.to(dtype) for t in (dy, U, V))
         dx = d_core = d_bias = None
-        dyv = dy if V is None or not ctx.plan.tokens else dy @ V  # (T, out) @ (out, r_out)
+        dyv = dy
+        if V is not None and ctx.plan.tokens and (ctx.needs_input_grad[2] or merged is None):
+            dyv = dy @ V  # (T, out) @ (out, r_out)
         if ctx.needs_input_grad[0]:
             if merged is not None:
                 dx = dy @ merged  # (T, out) @ (out, in)
