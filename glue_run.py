@@ -75,8 +75,10 @@ def main() -> None:
     model_name, model_note = find_model(args.model, hub)
     splits, data_note = load_data(args, hub)
     print(f"model: {model_note}\ndata:  {data_note}")
-    stand_in = "" if (model_given or hub) and (data_given or hub) else "a stand-in, for want of a hub: these are not GLUE's numbers"
-    if stand_in:
+    missing = [what for what, given in (("model", model_given), ("data", data_given)) if not (given or hub)]
+    stand_in = ""
+    if missing:
+        stand_in = f"stand-in {' and '.join(missing)}, for want of a hub: these are not {'GLUE' if 'data' in missing else 'BERT'}'s numbers"
         print(f"note:  {stand_in}")
 
     rates = paper_hyperparameters(model_name, args)

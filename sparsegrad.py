@@ -528,7 +528,7 @@ class Summary(NamedTuple):
     def __str__(self) -> str:
         share = 100 * self.touched / max(self.core, 1)
         return (
-            f"{self.layers} SparseGrad layers: a step updates {self.touched:,} of {self.core:,} core entries ({share:.2g} %); "
+            f"{self.layers} SparseGrad layers: a step updates {self.touched:,} of {self.core:,} core entries ({share:.3g} %); "
             f"{self.dense:,} other parameters train, {self.frozen:,} are frozen"
         )
 

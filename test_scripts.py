@@ -457,6 +457,8 @@ def test_the_stand_in_says_so_and_other_tasks_say_what_to_pass(glue, monkeypatch
     assert "Rotten Tomatoes" in out.splitlines()[1] and "not GLUE's numbers" in out.splitlines()[2]
     assert results("out")["used"]["stand_in"] is True
     assert "stand-in" in out.split("task, method")[1].splitlines()[0]
+    code, out, _ = glue("--task", "sst2", *options[:-1], "mixed", model=False)
+    assert code == 0 and "note:  stand-in model, for want of a hub: these are not BERT's numbers" in out
     code, _, err = glue("--task", "rte", model=False, data=False)
     assert code == 2 and "pass --data DIR" in err and "RTE/train.tsv" in err
 

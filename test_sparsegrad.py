@@ -790,6 +790,8 @@ def test_summary_counts_what_trains():
     summary = sg.patch_model(model, sg.find_bases(model, tiny_batches(1)), k=0.01)
     assert summary.dense == total - 4 * 32 * 64 and summary.frozen == 4 * 32 * 64
     assert summary.touched == 4 * 20 and summary == sg.summary(model)
+    assert "a step updates 80 of 8,192 core entries (0.977 %)" in str(summary)
+    assert "(100 %)" in str(summary._replace(touched=8192))
 
 
 def bad_bases(kind, bases):
