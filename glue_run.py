@@ -78,7 +78,8 @@ def main() -> None:
     missing = [what for what, given in (("model", model_given), ("data", data_given)) if not (given or hub)]
     stand_in = ""
     if missing:
-        stand_in = f"stand-in {' and '.join(missing)}, for want of a hub: these are not {'GLUE' if 'data' in missing else 'BERT'}'s numbers"
+        whose = "GLUE" if "data" in missing else "BERT"
+        stand_in = f"stand-in {' and '.join(missing)}, for want of a hub: these are not {whose}'s numbers"
         print(f"note:  {stand_in}")
 
     rates = paper_hyperparameters(model_name, args)
