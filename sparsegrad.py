@@ -33,6 +33,7 @@ that is None stands for the identity; with neither basis this is the paper's MeP
 
 import collections
 import copy
+import functools
 import itertools
 import math
 import re
@@ -81,10 +82,20 @@ MLP_LINEARS = (
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or the Conv1D of GPT-2 (known by name: transformers is not imported)."""
-    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
-        return False
-    return module.weight.dim() == 2 and module.weight.is_floating_point()
+    """nn.Linear, quantised ones included, or the Conv1D of GPT-2 (known by name: transformers is not imported)."""
+    if isinstance(module, nn.Linear):
+        return module.weight.dim() == 2
+    return type(module).__name__ == "Conv1D" and module.weight.dim() == 2
+
+
+def _is_quantised(linear: nn.Module) -> bool:
+    """Whether the weight is stored as integers, in whatever packing, as bitsandbytes does."""
+    return not linear.weight.is_floating_point()
+
+
+def weight_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out, in) of an nn.Linear or Conv1D; of a quantised layer the weight's own shape says little."""
+    return (linear.out_features, linear.in_features) if isinstance(linear, nn.Linear) else tuple(linear.weight.T.shape)
 
 
 def _out_in(linear: nn.Module, tensor: Tensor) -> Tensor:
@@ -164,12 +175,22 @@ def _back_propagate(
 ) -> None:
     """Run `n_steps` of training of `linears` alone, show `visit` each weight gradient
     `(out, in)` in fp32 or better, and leave the model as it was, come what may."""
-    weights = {name: linear.weight for name, linear in linears.items()}
+    weights = {name: linear.weight for name, linear in linears.items() if not _is_quantised(linear)}
+    quantised = {name: linear for name, linear in linears.items() if name not in weights}
+    if quantised and lr:
+        raise ValueError(f"{next(iter(quantised))} is quantised, so it cannot be trained for its bases: pass lr=0")
+    seen = set()
+
+    def see(name: str, grad: Tensor) -> None:
+        seen.add(name)
+        visit(name, grad)
+
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     kept = [(w, w.data, w.grad) for w in weights.values()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     optimizer, step = None, -1
+    hooks = [_watch_gradient(linear, functools.partial(see, name)) for name, linear in quantised.items()]
     try:
         model.train().requires_grad_(False)
         for weight in weights.values():
@@ -185,10 +206,13 @@ def _back_propagate(
                 loss = loss_fn(model, batch)
                 loss.backward()
             for name, weight in weights.items():
-                if weight.grad is None:
+                if weight.grad is not None:
+                    grad = _out_in(linears[name], weight.grad)
+                    see(name, grad.to(_at_least_fp32(grad.dtype)))
+            for name in linears:
+                if name not in seen:
                     raise ValueError(f"the loss does not depend on {name}: leave it out of target_modules")
-                grad = _out_in(linears[name], weight.grad)
-                visit(name, grad.to(_at_least_fp32(grad.dtype)))
+            seen.clear()
             if optimizer:
                 for weight, master in zip(weights.values(), masters):
                     master.grad = weight.grad.to(master.dtype)
@@ -200,6 +224,8 @@ def _back_propagate(
             if callback:
                 callback(step, loss.detach())
     finally:
+        for hook in hooks:
+            hook.remove()
         for weight, data, grad in kept:
             weight.data, weight.grad = data, grad
         for m, name, buffer, before in buffers:
@@ -212,6 +238,24 @@ def _back_propagate(
             m.training = mode
     if step < 0:
         raise ValueError("no batches: gradients cannot be collected from an empty iterable")
+
+
+def _watch_gradient(linear: nn.Module, see: Callable[[Tensor], None]):
+    """Show `see` the gradient that a weight which can hold none, a quantised one, would get."""
+
+    def after_forward(module, args, y):
+        x = args[0].detach().flatten(0, -2)  # (T, in)
+
+        def when_dy_is_known(dy):
+            dy = dy.flatten(0, -2)  # (T, out)
+            dtype = _at_least_fp32(dy.dtype)
+            see(dy.to(dtype).T @ x.to(dtype))  # (out, T) @ (T, in)
+
+        y = y + y.new_zeros(()).requires_grad_()  # so that it has a gradient, whatever came before
+        y.register_hook(when_dy_is_known)
+        return y
+
+    return linear.register_forward_hook(after_forward)
 
 
 def collect_gradients(
@@ -248,7 +292,8 @@ def find_bases(
     `batches`, at learning rate `lr`, then undoes it: weights, buffers, flags, modes and
     gradients are as before, also after an error.
 
-    n_steps, lr: 30 and 5e-5 by default; lr 0 stays in place and needs no optimizer's memory.
+    n_steps, lr: 30 and 5e-5 by default; lr 0 stays in place and needs no optimizer's memory,
+        and quantised layers, which cannot train, need it.
     share: "role", one basis for all blocks' layers of a role, as in the paper; "layer", one each.
     sides: "both"; "narrow", only the shorter side of each weight (the input side of a square one).
     rank: columns to keep a side; None, all of them (complete bases, as in the paper).
@@ -261,7 +306,7 @@ def find_bases(
     linears = mlp_linears(model, target_modules)
     if share not in ("role", "layer") or sides not in ("both", "narrow"):
         raise ValueError(f"share is 'role' or 'layer' and sides 'both' or 'narrow', not {share!r} and {sides!r}")
-    shapes = {name: tuple(_out_in(linear, linear.weight).shape) for name, linear in linears.items()}
+    shapes = {name: weight_shape(linear) for name, linear in linears.items()}
     for name, shape in shapes.items():
         if rank is not None and not 1 <= rank <= min(shape):
             raise ValueError(f"rank is {rank}, but {name} {shape} has room for 1 to {min(shape)} columns a side")
@@ -355,25 +400,29 @@ class SparseGradFunction(torch.autograd.Function):
 
     x (T, in), residual W (out, in), core C (r_out, r_in), U, V, bias (out,) or None;
     k, the entries of dL/dC to keep, or None for all of them as a dense tensor. Computes
-    in `dtype` and returns (T, out) in it; W gets no gradient.
+    in `dtype` and returns (T, out) in it; W gets no gradient. W None, for one that is
+    elsewhere: `y = x (V C Uᵀ)ᵀ + b`, by a plan that does not merge.
     """
 
     @staticmethod
     def forward(ctx, x, residual, core, U, V, bias, k, plan, dtype):
+        bias_dtype = None if bias is None else bias.dtype
         shared = U, V  # by many layers, so these are saved, and cast again in backward
         C, U, V = (None if t is None else t.to(dtype) for t in (core, U, V))
         x = x.to(dtype)
         merged = (residual + _expand(C, U, V)).to(dtype) if plan.merge else None
-        y = F.linear(x, residual.to(dtype) if merged is None else merged, None if bias is None else bias.to(dtype))
+        bias = None if bias is None else bias.to(dtype)
+        y = None if residual is None else F.linear(x, residual.to(dtype) if merged is None else merged, bias)
         train_core = ctx.needs_input_grad[2]
         rotated = x
         if U is not None and plan.tokens and (train_core or not plan.merge):
             rotated = x @ U  # (T, in) @ (in, r_in)
         if not plan.merge:
             middle = rotated @ C.T  # (T, r_in) @ (r_in, r_out)
-            y += middle if V is None else middle @ V.T  # (T, r_out) @ (r_out, out)
+            delta = middle if V is None else middle @ V.T  # (T, r_out) @ (r_out, out)
+            y = y.add_(delta) if y is not None else delta if bias is None else delta + bias
         ctx.save_for_backward(rotated if train_core else None, residual, core, *shared, merged)
-        ctx.k, ctx.plan, ctx.dtypes = k, plan, (dtype, None if bias is None else bias.dtype)
+        ctx.k, ctx.plan, ctx.dtypes = k, plan, (dtype, bias_dtype)
         return y
 
     @staticmethod
@@ -391,7 +440,9 @@ class SparseGradFunction(torch.autograd.Function):
                 dx = dy @ merged  # (T, out) @ (out, in)
             else:
                 middle = dyv @ core.to(dtype)  # (T, r_out) @ (r_out, r_in)
-                dx = dy @ residual.to(dtype) + (middle if U is None else middle @ U.T)
+                dx = middle if U is None else middle @ U.T  # (T, r_in) @ (r_in, in)
+                if residual is not None:
+                    dx = dx + dy @ residual.to(dtype)  # (T, out) @ (out, in)
         if ctx.needs_input_grad[2]:
             d_core = dyv.T @ rotated  # (r_out, T) @ (T, r_in), or G (out, T) @ (T, in)
             if not ctx.plan.tokens:
@@ -410,18 +461,25 @@ class SparseGradLinear(nn.Module):
     Made by `from_linear`, undone by `to_linear`. `residual` (out, in) is the pretrained
     weight, frozen, in its own dtype; `core` (r_out, r_in) trains, in fp32 or better;
     `bias` is the linear's own parameter. Input (..., in), output (..., out).
+
+    A quantised linear is kept as it is, as `base`, and `residual` is None: `base` multiplies
+    by W, this layer adds what V C Uᵀ gives.
     """
 
-    def __init__(self, residual: Tensor, bias: nn.Parameter | None, basis: Basis, k: int | None, plain: type):
+    def __init__(self, linear: nn.Module, basis: Basis, k: int | None):
         super().__init__()
-        self.out_features, self.in_features = residual.shape
-        self.residual = nn.Parameter(residual.detach(), requires_grad=False)
-        self.bias = bias
+        self.out_features, self.in_features = weight_shape(linear)
+        weight, self.bias, self.base = linear.weight, linear.bias, None
+        if _is_quantised(linear):
+            self.base, linear.bias = linear, None
+            self.register_parameter("residual", None)
+        else:
+            self.residual = nn.Parameter(_out_in(linear, weight).detach().contiguous(), requires_grad=False)
         self.basis = basis
-        rows, columns = _core_shape(basis, *residual.shape)
-        self.core = nn.Parameter(residual.new_zeros(rows, columns, dtype=_at_least_fp32(residual.dtype)))
+        shape = _core_shape(basis, self.out_features, self.in_features)
+        self.core = nn.Parameter(torch.zeros(shape, device=weight.device, dtype=_at_least_fp32(weight.dtype)))
         self.k = k
-        self._plain = plain
+        self._plain = nn.Linear if self.base is not None else type(linear)
 
     @classmethod
     def from_linear(cls, linear: nn.Module, basis: Basis, k: float | int | None) -> "SparseGradLinear":
@@ -433,16 +491,14 @@ class SparseGradLinear(nn.Module):
         the whole core); None gives a dense gradient. Raises ValueError if the basis does
         not fit the weight, or k is 0 or more than the core has entries.
         """
-        weight = _out_in(linear, linear.weight)
-        count = _check_fit("the layer", weight, basis, k)
-        layer = cls(weight.contiguous(), linear.bias, basis, count, type(linear))
+        layer = cls(linear, basis, _check_fit("the layer", weight_shape(linear), basis, k))
         layer.basis.to(layer.core)
         return layer.train(linear.training)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Module:
         """A plain layer of the original class with weight `W + V C Uᵀ` and the same bias
-        parameter; its weight trains if the core did."""
+        parameter; its weight trains if the core did. A quantised one becomes an nn.Linear in fp32."""
         weight = self.merged_weight()
         with torch.device("meta"):  # no initialisation, no random numbers drawn
             plain = self._plain
@@ -452,29 +508,37 @@ class SparseGradLinear(nn.Module):
         return linear.train(self.training)
 
     def merged_weight(self) -> Tensor:
-        """`W + V C Uᵀ` (out, in), in the dtype of W: what the layer multiplies by."""
+        """`W + V C Uᵀ` (out, in), in the dtype of W (fp32 if that is quantised): what the layer
+        multiplies by."""
         delta = _expand(self.core.detach(), self.basis.U, self.basis.V)
+        if self.base is not None:  # W Iᵀ: asks nothing of how W is stored
+            with torch.no_grad():
+                return self.base(torch.eye(self.in_features, device=delta.device)).T.float() + delta
         return (self.residual + delta).to(self.residual.dtype)
 
     @property
     def weight(self) -> Tensor:
         """The frozen pretrained weight, for code that asks a linear's dtype or device
         (T5 does). Not what the layer multiplies by: see `merged_weight`."""
-        return self.residual
+        return self.residual if self.base is None else self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.residual.dtype
+        own = x.dtype if self.residual is None else self.residual.dtype
+        dtype = torch.get_autocast_dtype(device) if autocast else own
         if x.dtype != dtype and not autocast:
             raise RuntimeError(f"input is {x.dtype} but the layer is {dtype}")
         U, V = self.basis.U, self.basis.V
         r_out, r_in = (None if b is None else b.shape[1] for b in (V, U))
         tokens = x.reshape(-1, x.shape[-1])  # (T, in)
-        plan = cheapest_plan(tokens.shape[0], self.out_features, self.in_features, r_out, r_in)
+        plan = Plan(merge=False, tokens=True)
+        if self.base is None:
+            plan = cheapest_plan(tokens.shape[0], self.out_features, self.in_features, r_out, r_in)
         core = self.core if torch.is_grad_enabled() else self.core.detach()
         y = SparseGradFunction.apply(tokens, self.residual, core, U, V, self.bias, self.k, plan, dtype)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        return y if self.base is None else y + self.base(x).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, core={tuple(self.core.shape)}, k={self.k}"
@@ -495,9 +559,9 @@ def _core_shape(basis: Basis, out: int, in_: int) -> tuple[int, int]:
     return (out if basis.V is None else basis.V.shape[1]), (in_ if basis.U is None else basis.U.shape[1])
 
 
-def _check_fit(name: str, weight: Tensor, basis: Basis, k: float | int | None) -> int | None:
-    """Entries to keep for a `weight` (out, in); ValueError if basis or k do not fit it."""
-    out, in_ = weight.shape
+def _check_fit(name: str, shape: tuple[int, int], basis: Basis, k: float | int | None) -> int | None:
+    """Entries to keep for a weight of `shape` (out, in); ValueError if basis or k do not fit it."""
+    out, in_ = shape
     for side, vectors, size in (("U", basis.U, in_), ("V", basis.V, out)):
         if vectors is not None and (vectors.dim() != 2 or vectors.shape[0] != size or not 1 <= vectors.shape[1] <= size):
             raise ValueError(f"{side} of {name} is {tuple(vectors.shape)}; for a weight ({out}, {in_}) it is ({size}, 1 to {size})")
@@ -523,7 +587,7 @@ class Summary(NamedTuple):
     core: int  # entries of their cores
     touched: int  # of these, entries one step updates
     dense: int  # other trainable parameters
-    frozen: int  # parameters that do not train
+    frozen: int  # parameters that do not train, as they are stored (4-bit ones two to a byte)
 
     def __str__(self) -> str:
         share = 100 * self.touched / max(self.core, 1)
@@ -581,7 +645,7 @@ def patch_model(
             raise ValueError(f"{name!r} should be a linear layer, but is {what}")
         if owners[id(linear.weight)] > 1:
             raise ValueError(f"the weight of {name} is tied to another of the model; a patched layer would untie it")
-        _check_fit(name, _out_in(linear, linear.weight), basis, k)
+        _check_fit(name, weight_shape(linear), basis, k)
     copies: dict[int, Basis] = {}
     for name, basis in bases.items():
         borrowed = id(basis) in copies
@@ -721,8 +785,8 @@ def sparsegrad_state_dict(model: nn.Module) -> dict[str, Tensor]:
         raise ValueError("the model has no SparseGrad layers")
     state, numbers = {}, {}
     ours = {f"{name}.{part}" for name in layers for part in ("core", "basis.U", "basis.V")}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = {name: b for name, b in model.state_dict().items() if name not in parameters}
+    persistent = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, tensor in {**trained, **buffers}.items():
         if name not in ours:
@@ -757,7 +821,7 @@ def load_sparsegrad_state_dict(model: nn.Module, state: Mapping[str, Tensor]) ->
         module = modules.get(name)
         if isinstance(module, SparseGradLinear):
             raise ValueError(f"{name} is patched already: load into a fresh copy of the pretrained model")
-        shape = tuple(_out_in(module, module.weight).shape) if module is not None and _is_linear(module) else None
+        shape = weight_shape(module) if module is not None and _is_linear(module) else None
         if shape != tuple(meta[:2]):
             raise ValueError(f"{name} is a linear layer {tuple(meta[:2])} in the file, but {shape or 'none'} in the model")
         if len(meta) != 6:

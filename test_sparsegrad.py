@@ -1166,4 +1166,4 @@ def test_loading_into_the_wrong_model_names_the_mismatch(kind):
 def test_the_module_imports_torch_and_the_standard_library_only():
     source = pathlib.Path(sg.__file__).read_text(encoding="utf-8")
     imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
-    assert imported <= {"collections", "copy", "itertools", "math", "re", "torch", "typing"}
+    assert imported <= {"collections", "copy", "functools", "itertools", "math", "re", "torch", "typing"}
