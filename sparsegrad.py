@@ -784,12 +784,12 @@ def sparsegrad_state_dict(model: nn.Module) -> dict[str, Tensor]:
     if not layers:
         raise ValueError("the model has no SparseGrad layers")
     state, numbers = {}, {}
-    ours = {f"{name}.{part}" for name in layers for part in ("core", "basis.U", "basis.V")}
+    ours = tuple(f"{name}.{part}" for name in layers for part in ("core", "basis.", "base."))
     persistent = model.state_dict().keys()
     buffers = {name: b for name, b in model.named_buffers() if name in persistent}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, tensor in {**trained, **buffers}.items():
-        if name not in ours:
+        if not name.startswith(ours):
             state[name] = tensor.detach().clone().contiguous()
     for name, layer in layers.items():
         number = numbers.setdefault(id(layer.basis), len(numbers))

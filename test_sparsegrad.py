@@ -900,6 +900,108 @@ def test_training_mode_and_frozen_flags_survive():
     assert not layer.to_linear().weight.requires_grad
 
 
+# ---------------------------------------------------------------------- quantised weights
+
+
+class Quantised(nn.Linear):
+    """A linear of int8 weights in a shape of their own, as libraries for quantising make them."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        weight, self.bias = linear.weight.detach(), linear.bias
+        self.register_buffer("scale", weight.abs().max() / 127)
+        packed = (weight / self.scale).round().to(torch.int8).reshape(-1, 1)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def unpacked(self):
+        return (self.weight * self.scale).view(self.out_features, self.in_features)
+
+    def forward(self, x):
+        return F.linear(x, self.unpacked().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def quantised_bert():
+    """A BERT with quantised MLPs, and one with the same weights as floats."""
+    model = tiny_bert()
+    twin = copy.deepcopy(model)
+    for name, linear in sg.mlp_linears(model).items():
+        packed = Quantised(linear)
+        model.set_submodule(name, packed)
+        twin.get_submodule(name).weight = nn.Parameter(packed.unpacked())
+    return model, twin
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_quantised_weights_are_watched_from_outside(frozen):
+    model, twin = quantised_bert()
+    batches = tiny_batches(2)
+    if frozen:  # nothing below the first layer has a gradient
+        model.requires_grad_(False)
+    before, rest = photograph(model)
+    found, expected = (sg.collect_gradients(m, batches, lr=0) for m in (model, twin))
+    assert found.keys() == expected.keys() and len(found) == 4
+    for name, stack in found.items():
+        torch.testing.assert_close(stack, expected[name], rtol=1e-5, atol=1e-8)
+    with pytest.raises(ValueError, match="intermediate.dense is quantised.*pass lr=0"):
+        sg.find_bases(model, batches)
+    bases, theirs = (sg.find_bases(m, batches, lr=0, rank=4) for m in (model, twin))
+    for name, basis in bases.items():
+        assert torch.linalg.svdvals(basis.U.T @ theirs[name].U).min() > 1 - 1e-4
+    after, still = photograph(model)
+    assert rest == still and all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_quantised_layer_trains_as_the_same_weight_in_floats(kind, bias):
+    packed, basis = Quantised(nn.Linear(IN, OUT, bias=bias)), make_basis(kind)
+    plain = nn.Linear(IN, OUT, bias=bias)
+    plain.weight, plain.bias = nn.Parameter(packed.unpacked()), copy.deepcopy(packed.bias)
+    x = torch.randn(3, 5, IN)
+    untouched = packed(x)
+    a, b = (SparseGradLinear.from_linear(m, copy.deepcopy(basis), 9) for m in (packed, plain))
+    torch.testing.assert_close(a(x), untouched, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        a.core.normal_()
+        b.core.copy_(a.core)
+    assert a.residual is None and a.base.weight.dtype == torch.int8 and a.core.dtype == torch.float32
+    grads = []
+    for layer in (a, b):
+        inputs = x.clone().requires_grad_()
+        y = layer(inputs)
+        y.square().sum().backward()
+        grads.append([y, inputs.grad, layer.core.grad.to_dense(), *([layer.bias.grad] if bias else [])])
+    for ours, floats in zip(*grads):
+        torch.testing.assert_close(ours, floats, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(a.merged_weight(), b.merged_weight(), rtol=1e-5, atol=1e-6)
+    back = a.to_linear()
+    assert type(back) is nn.Linear and back.weight.dtype == torch.float32
+    torch.testing.assert_close(back(x), b(x), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert a(x).dtype == torch.bfloat16
+        torch.testing.assert_close(a(x), b(x), rtol=0.05, atol=0.3)
+
+
+def test_a_quantised_model_saves_loads_and_unpatches():
+    model = quantised_bert()[0].eval()
+    fresh = copy.deepcopy(model)
+    batch = tiny_batches(1)[0]
+    bases = sg.find_bases(model, tiny_batches(2), lr=0, rank=8)
+    with pytest.raises(ValueError, match="k is 65"):
+        sg.patch_model(model, bases, 65)
+    assert all(linear.bias is not None for linear in sg.mlp_linears(model).values())  # not half patched
+    assert sg.patch_model(model, bases, 20).touched == 80
+    train(model, SparseGradAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), tiny_batches(3))
+    state = sg.sparsegrad_state_dict(model)
+    assert not any(".base." in name or name.endswith(".scale") for name in state)
+    sg.load_sparsegrad_state_dict(fresh, state)
+    expected = model(**batch).logits
+    assert torch.equal(fresh(**batch).logits, expected)
+    sg.unpatch_model(model)
+    assert not any(isinstance(m, (Quantised, SparseGradLinear)) for m in model.modules())
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 # -------------------------------------------------------------------------- the optimizer
 
 
