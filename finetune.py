@@ -167,7 +167,7 @@ def from_pretrained(auto_class, name: str, hub: bool, options: dict | None = Non
     """`auto_class.from_pretrained`, from a folder, the hub, or what the hub left in the cache."""
     try:
         return auto_class.from_pretrained(name, local_files_only=not hub and not os.path.isdir(name), **options or {})
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if hub or os.path.isdir(name) else "no such folder, not in the cache, no hub"
         raise UserError(f"--model {name} cannot be loaded ({reason}); pass a hub name or a folder with config.json") from None
 

