@@ -5,6 +5,7 @@ method on a model, measures time and memory, and writes what came out.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -12,10 +13,11 @@ import math
 import os
 import pathlib
 import platform
-import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -35,7 +37,7 @@ METHODS = ("ft", "lora", "meprop", "sparsegrad")
 SPARSE = ("meprop", "sparsegrad")
 ADAPTER = "sparsegrad.safetensors"  # in the run's folder: bases and what training changed
 TRAINED = "trained.safetensors"  # in a checkpoint: the parameters that train, as they are
-PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "scipy", "scikit-learn")
+PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "scipy", "scikit-learn", "bitsandbytes", "gguf")
 FIRST_STEPS = 5  # left out of the steps per second: allocations and caches
 
 
@@ -78,10 +80,11 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
     return parse
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
+    """The options of both scripts; `k` is the default of `--k`. None stands for "not given"."""
     add = parser.add_argument
     add("--method", choices=METHODS, default="sparsegrad")
-    add("--k", type=share_or_count, default=0.01, help="entries a step keeps of each layer: a share (0.01) or a count (28000)")
+    add("--k", type=share_or_count, help=f"entries a step keeps of each layer: a share (0.01) or a count (28000); default {k}")
     add(
         "--rank",
         type=number(int, 1),
@@ -90,7 +93,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--share", choices=("role", "layer"), default="role", help="one basis for all blocks' layers of a role, or one a layer")
     add("--sides", choices=("both", "narrow"), default="both", help="rotate both sides of a gradient, or the shorter alone")
     add("--basis-steps", type=number(int, 1), default=30, help="steps of back-propagation the bases are made from")
-    add("--basis-lr", type=number(float, 0.0), default=5e-5, help="their learning rate; 0: at the pretrained weights, less memory")
+    add("--basis-lr", type=number(float, 0.0), help="their learning rate, default 5e-5; 0: at the pretrained weights, less memory")
     add("--lr", type=number(float, 0.0))
     add("--batch-size", type=number(int, 1))
     add("--epochs", type=number(float, 0.001))
@@ -103,8 +106,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(hub=None)
 
 
-def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """No option is ignored: one that the method has no use for is an error."""
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, k: float | int) -> None:
+    """No option is ignored: one that the method has no use for is an error. Then fills in
+    the defaults of those not given, `k` for `--k`."""
     uses = {"k": ("lora", *SPARSE), "rank": ("lora", "sparsegrad")} | dict.fromkeys(
         ("share", "sides", "basis_steps", "basis_lr"), ("sparsegrad",)
     )
@@ -113,6 +117,10 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for name, methods in uses.items():
         if args.method not in methods and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} is of no use to --method {args.method}, only to {', '.join(methods)}")
+    if args.method == "lora" and args.rank is not None and args.k is not None:
+        parser.error("--rank sets LoRA's size and --k asks for the rank nearest to it: pass one of the two")
+    args.k = k if args.k is None else args.k
+    args.basis_lr = 5e-5 if args.basis_lr is None else args.basis_lr
 
 
 def run(main: Callable[[], None]) -> None:
@@ -163,11 +171,17 @@ def hub_reachable(seconds: float = 3.0) -> bool:
     return answered.is_set()
 
 
-def from_pretrained(auto_class, name: str, hub: bool, options: dict | None = None):
-    """`auto_class.from_pretrained`, from a folder, the hub, or what the hub left in the cache."""
+def from_pretrained(auto_class, name: str, hub: bool, dtype: torch.dtype | None = None, **options):
+    """`auto_class.from_pretrained`, from a folder, the hub, or what the hub left in the cache;
+    a model's weights come in `dtype`, whatever they are stored in."""
+    if dtype is not None:
+        old = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56)
+        options["torch_dtype" if old else "dtype"] = dtype
     try:
-        return auto_class.from_pretrained(name, local_files_only=not hub and not os.path.isdir(name), **options or {})
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        return auto_class.from_pretrained(name, local_files_only=not hub and not os.path.isdir(name), **options)
+    except (OSError, ValueError, RuntimeError, ImportError, IndexError, KeyError, struct.error, SafetensorError) as error:
+        if "gguf_file" in options:
+            raise UserError(f"--model {options['gguf_file']} cannot be loaded ({error}); is it a whole GGUF file?") from None
         reason = str(error).splitlines()[0] if hub or os.path.isdir(name) else "no such folder, not in the cache, no hub"
         raise UserError(f"--model {name} cannot be loaded ({reason}); pass a hub name or a folder with config.json") from None
 
@@ -196,11 +210,17 @@ def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse
     paper does for GLUE), or with `args.freeze` only what lies outside the pretrained trunk
     (a classifier's head; a language model's counts as trunk). What trains is kept in fp32.
     """
-    sizes = {name: math.prod(sparsegrad.weight_shape(linear)) for name, linear in linears.items()}
-    budget = {name: round(args.k * size) if isinstance(args.k, float) else args.k for name, size in sizes.items()}
-    for name, k in budget.items() if args.method in SPARSE or (args.method == "lora" and not args.rank) else ():
-        if not 1 <= k <= sizes[name]:
-            raise UserError(f"--k {args.k} is beyond {name}, which has {sizes[name]} entries")
+    rank = args.rank if args.method == "sparsegrad" else None  # of the core
+    uses_k = args.method in SPARSE or (args.method == "lora" and not args.rank)
+    shapes = {name: sparsegrad.weight_shape(linear) for name, linear in linears.items()}
+    budget = sum(round(args.k * math.prod(s)) if isinstance(args.k, float) else args.k for s in shapes.values())
+    for name, (out, in_) in shapes.items():
+        if args.rank and args.rank > min(out, in_):
+            raise UserError(f"--rank {args.rank} is beyond {name}, which is {out} x {in_}: there is room for 1 to {min(out, in_)}")
+        rows = rank if rank and (args.sides == "both" or out < in_) else out
+        columns = rank if rank and (args.sides == "both" or in_ <= out) else in_
+        if uses_k and isinstance(args.k, int) and args.k > rows * columns:
+            raise UserError(f"--k {args.k} is beyond {name}, which has {rows} x {columns} = {rows * columns} entries to train")
     weights = {f"{name}.weight" for name in linears}
     language_head = model.get_output_embeddings()
     for name, p in model.named_parameters():
@@ -212,7 +232,7 @@ def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse
         for linear in linears.values():
             linear.weight.requires_grad_(True)
     elif args.method == "lora":
-        info["lora_rank"] = args.rank or lora_rank(linears.values(), sum(budget.values()))
+        info["lora_rank"] = args.rank or lora_rank(linears.values(), budget)
         _add_lora(model, info["lora_rank"], list(linears))
     else:
         bases = None
@@ -270,25 +290,34 @@ def merge(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         sparsegrad.unpatch_model(model)
     for name, module in list(model.named_modules()):
         if hasattr(module, "lora_A"):
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
-    if getattr(model, "is_quantized", False):
+            plain = module.get_base_layer()
+            if plain.weight.is_floating_point():
+                module.merge()
+            else:  # PEFT would quantise the sum, and lose most of what was learned
+                weight = sparsegrad.dense_weight(plain) + module.get_delta_weight("default").float()
+                bias, plain = plain.bias, nn.Linear(plain.in_features, plain.out_features, False, device="meta")
+                plain.weight, plain.bias = nn.Parameter(weight), bias
+            model.set_submodule(name, plain)
+    if not all(p.is_floating_point() for p in model.parameters()):
         model = model.dequantize()
     return model.to(dtype)
 
 
 def save_merged(model: nn.Module, tokenizer, folder: pathlib.Path) -> None:
     """A merged `model` and its tokenizer in `folder`, whole or not at all."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+    for attribute in ("peft_config", "_hf_peft_config_loaded", "hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(attribute, None)
-    vars(model.config).pop("quantization_config", None)  # it was dequantised
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    if folder.is_dir():
-        folder.rmdir()  # an empty one, see check_options
-    part.rename(folder)
+    vars(model.config).pop("quantization_config", None)  # a GGUF's, which was dequantised when it was loaded
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as part:
+            model.save_pretrained(os.path.join(part, "model"))
+            tokenizer.save_pretrained(os.path.join(part, "model"))
+            if folder.is_dir():
+                folder.rmdir()  # an empty one, see check_options
+            os.rename(os.path.join(part, "model"), folder)
+    except OSError as error:
+        raise UserError(f"--merge {folder}: {error.strerror or error}; once that is mended, --resume writes it") from None
 
 
 def count_parameters(model: nn.Module) -> dict:
@@ -415,18 +444,21 @@ def train_and_report(
     linears: Callable[[nn.Module], dict[str, nn.Module]] = sparsegrad.mlp_linears,
     trainer_class: type[SparseGradTrainer] = SparseGradTrainer,
     evaluate_first: bool = False,
+    beforehand: Callable[[nn.Module], None] = lambda model: None,
     afterwards: Callable[[nn.Module], dict] = lambda model: {},
 ) -> dict:
     """One run of one seed in `folder`: method, training, `results.json`; returns the results.
 
-    A `folder` with a checkpoint is gone on with, one with results is only read. `afterwards`
-    is given the tuned model; what it returns joins the results.
+    A `folder` with a checkpoint is gone on with, one with results is only read. `beforehand`
+    is given the pretrained model, `afterwards` the tuned one; what that returns joins the results.
     """
     if (folder / "results.json").exists():
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))
     transformers.set_seed(args.seed)
     model = make_model().to("cuda" if torch.cuda.is_available() else "cpu")
     dtype = model.dtype
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+        beforehand(model)
     checkpoint = transformers.trainer_utils.get_last_checkpoint(folder) if folder.is_dir() else None
     if checkpoint and args.method in SPARSE:  # no bases to find again
         sparsegrad.load_sparsegrad_state_dict(model, load_file(folder / ADAPTER))
@@ -461,7 +493,12 @@ def train_and_report(
     print(f"{'resuming from ' + os.path.basename(checkpoint) if checkpoint else 'training'} ...", flush=True)
     before = signal.signal(signal.SIGINT, measure.on_interrupt)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        at = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
+        if at and at.global_step >= at.max_steps:  # the Trainer would take one step more
+            trainer.state = at
+            trainer._load_from_checkpoint(at.best_model_checkpoint if training.load_best_model_at_end else checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         signal.signal(signal.SIGINT, before)
     if measure.interrupted:
@@ -496,7 +533,7 @@ def train_and_report(
         **{key: value for key, value in info.items() if key not in ("frozen", "basis_seconds")},
         **extra,
         **measured,
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": _versions(),
         "git_commit": _git_commit(),
         "machine": _machine(),
     }
@@ -517,8 +554,9 @@ def _sparse_optimizer(model: nn.Module, training: transformers.TrainingArguments
 
 def orthogonality_error(model: nn.Module) -> float:
     """The largest entry of |UᵀU − I| and |VᵀV − I| over all bases, in float64."""
-    bases = [b.double() for layer in sparsegrad.sparsegrad_layers(model).values() for b in layer.basis.buffers()]
-    return max((b.T @ b - torch.eye(b.shape[1], dtype=b.dtype, device=b.device)).abs().max().item() for b in bases)
+    bases = {id(layer.basis): layer.basis for layer in sparsegrad.sparsegrad_layers(model).values()}
+    vectors = [b for basis in bases.values() for b in basis.buffers()]
+    return max((b.T.double() @ b.double() - torch.eye(b.shape[1]).to(b.device)).abs().max().item() for b in vectors)
 
 
 def _freeze_like(model: nn.Module, frozen: list[str]) -> None:
@@ -540,6 +578,14 @@ def write_text(path: pathlib.Path, text: str) -> None:
     part = path.with_suffix(".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def _git_commit() -> str | None:
@@ -573,6 +619,9 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
         saved = json.loads((args.resume / "arguments.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"--resume {args.resume}: no arguments.json there that can be read, so no run to go on with") from None
+    missing = sorted(vars(args).keys() - saved.keys())
+    if missing:
+        raise UserError(f"--resume {args.resume}: not a run of this script (it has no --{missing[0].replace('_', '-')})")
     paths = {key: pathlib.Path(saved[key]) for key in ("data", "output_dir", "merge", "mt_bench") if saved.get(key)}
     return argparse.Namespace(**{**saved, **paths, "resume": args.resume, "output_dir": args.resume})
 
@@ -586,10 +635,18 @@ def open_folder(args: argparse.Namespace, name: str) -> pathlib.Path:
         args.output_dir = next(path for path in candidates if not path.exists())
     elif (args.output_dir / "arguments.json").exists():
         raise UserError(f"{args.output_dir} holds a run already; pass --resume {args.output_dir}, or another --output-dir")
-    there = next(path for path in (args.output_dir, *args.output_dir.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--output-dir {args.output_dir}: {there} is not a folder that can be written to")
+    _check_writable("--output-dir", args.output_dir)
+    if args.merge is not None:
+        _check_writable("--merge", args.merge)
+        if args.merge.absolute() in (args.output_dir.absolute(), *args.output_dir.absolute().parents):
+            raise UserError(f"--merge {args.merge} would hold the run's own folder {args.output_dir}: pass another folder")
     return args.output_dir
+
+
+def _check_writable(option: str, path: pathlib.Path) -> None:
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{option} {path}: {there} is not a folder that can be written to")
 
 
 def cost_rows(run: dict, folder: pathlib.Path) -> dict[str, object]:

