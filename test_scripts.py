@@ -729,8 +729,9 @@ def llama_folder(tmp_path_factory):
     )  # fmt: skip
     tokenizer.train_from_iterator([m["content"] for thread in THREADS for m in thread], trainer)
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="</s>", padding_side="right"
-    )
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="</s>", padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
     fast.chat_template = CHATML
     fast.save_pretrained(folder)
     torch.manual_seed(0)
