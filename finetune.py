@@ -94,12 +94,12 @@ def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
     add("--sides", choices=("both", "narrow"), default="both", help="rotate both sides of a gradient, or the shorter alone")
     add("--basis-steps", type=number(int, 1), default=30, help="steps of back-propagation the bases are made from")
     add("--basis-lr", type=number(float, 0.0), help="their learning rate, default 5e-5; 0: at the pretrained weights, less memory")
-    add("--lr", type=number(float, 0.0))
-    add("--batch-size", type=number(int, 1))
-    add("--epochs", type=number(float, 0.001))
-    add("--max-steps", type=number(int, 1))
-    add("--max-train-samples", type=number(int, 1))
-    add("--seed", type=number(int, 0, 2**32 - 3), default=0)
+    add("--lr", type=number(float, 0.0), help="learning rate; default by method and model")
+    add("--batch-size", type=number(int, 1), help="rows a step")
+    add("--epochs", type=number(float, 0.001), help="passes over the training rows")
+    add("--max-steps", type=number(int, 1), help="stop after so many steps, whatever --epochs says")
+    add("--max-train-samples", type=number(int, 1), help="train on so many rows, drawn by the seed")
+    add("--seed", type=number(int, 0, 2**32 - 3), default=0, help="of everything that is drawn")
     add("--merge", type=pathlib.Path, metavar="DIR", help="also write the tuned model, plain, for from_pretrained")
     add("--output-dir", type=pathlib.Path, help="default: a new folder below runs/")
     add("--resume", type=pathlib.Path, metavar="DIR", help="go on with the interrupted run in DIR, with its own options")
@@ -183,7 +183,8 @@ def from_pretrained(auto_class, name: str, hub: bool, dtype: torch.dtype | None 
         if "gguf_file" in options:
             raise UserError(f"--model {options['gguf_file']} cannot be loaded ({error}); is it a whole GGUF file?") from None
         reason = str(error).splitlines()[0] if hub or os.path.isdir(name) else "no such folder, not in the cache, no hub"
-        raise UserError(f"--model {name} cannot be loaded ({reason}); pass a hub name or a folder with config.json") from None
+        right = "a hub name or a folder with config.json" if hub else "a folder with config.json, or leave it out for the stand-in"
+        raise UserError(f"--model {name} cannot be loaded ({reason}); pass {right}") from None
 
 
 def package_file(package: str, path: str, install: str = "pip install -r requirements.txt") -> pathlib.Path:
@@ -203,13 +204,8 @@ def lora_rank(linears: Iterable[nn.Module], entries: int) -> int:
     return max(1, round(entries / per_rank))
 
 
-def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse.Namespace, batches: Iterable) -> dict:
-    """Put `args.method` on `linears` of `model`, in place; returns what to report.
-
-    Trains, beside the method's own parameters, everything but the MLP weights (as the
-    paper does for GLUE), or with `args.freeze` only what lies outside the pretrained trunk
-    (a classifier's head; a language model's counts as trunk). What trains is kept in fp32.
-    """
+def check_sizes(linears: dict[str, nn.Module], args: argparse.Namespace) -> int:
+    """Raise UserError if `--k` or `--rank` is beyond a linear; returns the entries that k asks for in all."""
     rank = args.rank if args.method == "sparsegrad" else None  # of the core
     uses_k = args.method in SPARSE or (args.method == "lora" and not args.rank)
     shapes = {name: sparsegrad.weight_shape(linear) for name, linear in linears.items()}
@@ -221,6 +217,16 @@ def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse
         columns = rank if rank and (args.sides == "both" or in_ <= out) else in_
         if uses_k and isinstance(args.k, int) and args.k > rows * columns:
             raise UserError(f"--k {args.k} is beyond {name}, which has {rows} x {columns} = {rows * columns} entries to train")
+    return budget
+
+
+def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse.Namespace, batches: Iterable) -> dict:
+    """Put `args.method` on `linears` of `model`, in place; returns what to report.
+
+    Trains, beside the method's own parameters, everything but the MLP weights (as the
+    paper does for GLUE), or with `args.freeze` only what lies outside the pretrained trunk
+    (a classifier's head; a language model's counts as trunk). What trains is kept in fp32.
+    """
     weights = {f"{name}.weight" for name in linears}
     language_head = model.get_output_embeddings()
     for name, p in model.named_parameters():
@@ -232,7 +238,7 @@ def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse
         for linear in linears.values():
             linear.weight.requires_grad_(True)
     elif args.method == "lora":
-        info["lora_rank"] = args.rank or lora_rank(linears.values(), budget)
+        info["lora_rank"] = args.rank or lora_rank(linears.values(), check_sizes(linears, args))
         _add_lora(model, info["lora_rank"], list(linears))
     else:
         bases = None
@@ -272,6 +278,7 @@ def save_adapter(model: nn.Module, folder: pathlib.Path) -> None:
 
         config = model.peft_config["default"]
         config.base_model_name_or_path, config.inference_mode = model.config._name_or_path, True
+        config.task_type = "CAUSAL_LM"  # a classifier's head would train too
         state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         config.save_pretrained(folder)
         _save_whole({f"base_model.model.{name}": t.contiguous() for name, t in state.items()}, folder / "adapter_model.safetensors")
@@ -453,10 +460,12 @@ def train_and_report(
     is given the pretrained model, `afterwards` the tuned one; what that returns joins the results.
     """
     if (folder / "results.json").exists():
+        print(f"{folder} is finished already; its results:")
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))
     transformers.set_seed(args.seed)
     model = make_model().to("cuda" if torch.cuda.is_available() else "cpu")
     dtype = model.dtype
+    check_sizes(linears(model), args)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
         beforehand(model)
     checkpoint = transformers.trainer_utils.get_last_checkpoint(folder) if folder.is_dir() else None
@@ -615,6 +624,10 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
     """`args`, or with `--resume` the options of the run that is gone on with."""
     if args.resume is None:
         return args
+    given = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    others = [option for option in given if not "--resume".startswith(option)]
+    if others:
+        raise UserError(f"--resume goes on with the run's own options: leave out {', '.join(others)}")
     try:
         saved = json.loads((args.resume / "arguments.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -656,7 +669,7 @@ def cost_rows(run: dict, folder: pathlib.Path) -> dict[str, object]:
         "trainable parameters": f"{run['trainable_parameters']:,}",
         "entries a step updates": f"{run['touched_entries']:,}",
         "seconds for the bases": run["basis_seconds"],
-        "steps per second": run["steps_per_second"],
+        "steps per second": run["steps_per_second"] or f"not measured: {FIRST_STEPS} steps or fewer",
         "peak memory": f"{run['peak_memory_mib']:,} MiB ({run['memory_is']})",
         "written": f"{folder}/results.json",
     }

@@ -87,7 +87,7 @@ def main() -> None:
     used |= {"train_trees": len(trees), "validation_trees": len(valid_trees)}
     used |= {"train_rows": len(data["train"]), "validation_rows": len(data["valid"])}
     folder = finetune.open_folder(args, f"llama-{args.method}-seed{args.seed}")
-    print(f"rows:  {len(data['train'])} of {len(trees)} trees to train, {len(data['valid'])} of {len(valid_trees)} to validate")
+    print(f"rows:  {len(data['train'])} from {len(trees)} trees to train, {len(data['valid'])} from {len(valid_trees)} to validate")
     print(f"seed {args.seed}: {args.method}, lr {args.lr:g}, batch {args.batch_size} x {args.gradient_accumulation}")
     report(folder, train(args, folder, tokenizer, data, questions, used), stand_in)
 
@@ -103,11 +103,11 @@ def parse():
     add("--max-length", type=finetune.number(int, 8), help=f"tokens after which a thread is cut off, default {MAX_LENGTH}")
     add("--chunk", type=finetune.number(int, 8), help="instead, pack threads end to end into chunks of so many tokens")
     add("--loss-on", choices=("assistant", "all"), default="assistant", help="whose tokens count in the loss")
-    add("--every", type=finetune.number(int, 1), default=3, help="train every so manieth block, from the first")
+    add("--every", type=finetune.number(int, 1), default=3, help="train each N-th block, from the first; default 3", metavar="N")
     add("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights; default bfloat16 on CUDA, else float32")
     add("--load-in-4bit", action="store_true", help="frozen weights in 4 bits, by bitsandbytes")
-    add("--gradient-checkpointing", action="store_true")
-    add("--gradient-accumulation", type=finetune.number(int, 1), default=1)
+    add("--gradient-checkpointing", action="store_true", help="keep less from forward to backward, compute it again")
+    add("--gradient-accumulation", type=finetune.number(int, 1), default=1, help="batches a step adds up")
     add("--sample", metavar="PROMPT", action="append", default=[], help="print the base and the tuned model's answer; repeatable")
     add("--mt-bench", type=pathlib.Path, metavar="JSONL", help="answer these questions in FastChat's model_answer format")
     add("--max-new-tokens", type=finetune.number(int, 1), help=f"of an answer, default {MAX_NEW_TOKENS}")
@@ -147,7 +147,8 @@ def read_json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             lines = file.read().split(b"\n")
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        hint = "" if path.exists() else "; it takes a file, and a hub's data set is no file"
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}{hint}") from None
     for number, line in enumerate(lines, 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -155,7 +156,7 @@ def read_json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
         except UnicodeDecodeError:
             raise UserError(f"{path}, line {number}: not UTF-8 text") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from None
+            raise UserError(f"{path}, line {number}: not a JSON object a line ({getattr(error, 'msg', error)})") from None
         if text and not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: a JSON object should stand there, not {type(row).__name__}")
         if text:
@@ -200,7 +201,8 @@ def _refuse_lang_and_rank(args, where) -> None:
 def check_message(row: dict, where: str) -> dict:
     for key, kind in {"message_id": str, "text": str, "role": str, "parent_id": str | None, "rank": int | float | None}.items():
         if not isinstance(row.get(key), kind):
-            raise UserError(f"{where}: {key!r} is {row.get(key)!r}; a line holds a message (message_id, parent_id, role, text), "
+            found = f"{key!r} is {row[key]!r}" if key in row else f"there is no {key!r} among {', '.join(row) or 'no keys'}"
+            raise UserError(f"{where}: {found}; a line holds a message (message_id, parent_id, role, text), "
                             "a tree (prompt) or a conversation (messages)")  # fmt: skip
     check_turn(row["role"], tuple(ROLES), row["text"], where)
     return {**row, "parent_id": row.get("parent_id")}
@@ -340,7 +342,7 @@ def load_trees(args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]], 
         trees, note = read_trees(args), args.data.name
     if len(trees) < 2:
         raise UserError(
-            f"{note}: {len(trees) or 'no'} conversation trees are left after filtering; it takes one to train and one to validate"
+            f"{note}: of its conversation trees {len(trees) or 'none'} can be used; it takes one to train and one to validate"
         )
     order = sorted(trees)
     random.Random(0).shuffle(order)  # the same split for every seed

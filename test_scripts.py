@@ -912,7 +912,7 @@ def test_the_results_tell_which_model_which_data_and_how_orthogonal(llama):
         model="", data="talks.jsonl", stand_in=False, train_trees=13, validation_trees=3, train_rows=13, validation_rows=3
     )
     assert 0 < found["orthogonality_error"] < 1e-5 and found["linears"] == 4 and found["basis_seconds"] > 0
-    assert "2 of 13" not in out and "rows:  13 of 13 trees to train, 3 of 3 to validate" in out
+    assert "2 of 13" not in out and "rows:  13 from 13 trees to train, 3 from 3 to validate" in out
 
 
 def test_options_reach_the_run(llama, monkeypatch):
@@ -1067,6 +1067,20 @@ def test_an_interruption_after_the_last_step_costs_no_step_more(llama, method, m
     assert a["metrics"]["eval_loss"] == b["metrics"]["eval_loss"]
 
 
+def test_a_finished_run_is_shown_again_and_takes_no_options(llama):
+    assert llama(*brief("meprop"), "--max-steps", "1", "--output-dir", "out")[0] == 0
+    code, out, err = llama("--resume", "out")
+    assert code == 0 and "out is finished already; its results:" in out and "not measured: 5 steps or fewer" in out
+    code, _, err = llama("--resume", "out", "--lr", "1", "--k=3")
+    assert code == 2 and "--resume goes on with the run's own options: leave out --lr, --k" in err
+
+
+def test_sizes_are_checked_before_the_base_model_answers(llama, monkeypatch):
+    monkeypatch.setattr(llama_run, "answer", None)
+    code, _, err = llama("--k", "9000", *SAMPLE)
+    assert code == 2 and "--k 9000 is beyond" in err
+
+
 def test_each_script_resumes_its_own_runs_only(llama, glue):
     assert llama(*brief("meprop"), "--max-steps", "1", "--output-dir", "talks")[0] == 0
     assert glue("--task", "sst2", *SHORT, "--output-dir", "task")[0] == 0
@@ -1210,12 +1224,12 @@ def test_the_papers_settings_are_the_defaults(monkeypatch):
 @pytest.mark.parametrize(
     "lines, message",
     [
-        (None, "cannot be read: No such file"),
+        (None, "cannot be read: No such file or directory; it takes a file"),
         ([], "talks.jsonl is empty"),
         (["", "  "], "talks.jsonl is empty"),
-        ([{"messages": THREADS[0]}, "{not json"], "line 2: not JSON"),
+        ([{"messages": THREADS[0]}, "{not json"], "line 2: not a JSON object a line"),
         ([{"messages": THREADS[0]}, "[1]"], "line 2: a JSON object should stand there, not list"),
-        ([{"text": "hello"}], "line 1: 'message_id' is None; a line holds a message"),
+        ([{"text": "hello"}], "line 1: there is no 'message_id' among text; a line holds a message"),
         ([message("a", None, "prompter", text=7)], "line 1: 'text' is 7"),
         ([{"messages": "hello"}], 'line 1: "messages" should be a list'),
         ([{"messages": [{"role": "user"}]}], 'line 1: "messages" should be a list'),
@@ -1229,15 +1243,15 @@ def test_the_papers_settings_are_the_defaults(monkeypatch):
         ),
         ([message("a", None, "prompter", rank="first")], "line 1: 'rank' is 'first'"),
         ([message("a", None, "prompter", text="\ud800")], "line 1: half of a surrogate pair"),
-        (["", "9" * 5000], "line 2: not JSON (Exceeds the limit"),
-        (["[" * 100_000], "line 1: not JSON ("),
+        (["", "9" * 5000], "line 2: not a JSON object a line (Exceeds the limit"),
+        (["[" * 100_000], "line 1: not a JSON object a line ("),
         (
             [message(str(i), str(i - 1) if i else None, ("prompter", "assistant")[i % 2]) for i in range(1500)],
             "a tree is deeper than",
         ),
-        ([message("a", None, "prompter")], "no conversation trees are left after filtering"),
-        ([{"messages": THREADS[0]}], "1 conversation trees are left after filtering"),
-        ([{"messages": THREADS[0][:1]}] * 3, "no conversation trees are left after filtering"),
+        ([message("a", None, "prompter")], "of its conversation trees none can be used"),
+        ([{"messages": THREADS[0]}], "of its conversation trees 1 can be used"),
+        ([{"messages": THREADS[0][:1]}] * 3, "of its conversation trees none can be used"),
     ],
 )
 def test_bad_conversations_are_named_before_training(llama, lines, message):
