@@ -1218,7 +1218,9 @@ def test_the_papers_settings_are_the_defaults(monkeypatch):
     default = parsed()
     assert (default.k, default.every, default.max_length, default.epochs, default.freeze) == (100_000, 3, 512, 1.0, True)
     assert parsed("--method", "lora").rank == 32 and parsed("--method", "lora", "--k", "0.01").rank is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # as if bitsandbytes were there
     assert parsed("--load-in-4bit").basis_lr == 0.0 and default.basis_lr == 5e-5
+    assert parsed("--rank", "64").k == 64 * 64  # no more than the core has
 
 
 @pytest.mark.parametrize(
