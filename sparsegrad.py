@@ -83,9 +83,7 @@ MLP_LINEARS = (
 
 def _is_linear(module: nn.Module) -> bool:
     """nn.Linear, quantised ones included, or the Conv1D of GPT-2 (known by name: transformers is not imported)."""
-    if isinstance(module, nn.Linear):
-        return module.weight.dim() == 2
-    return type(module).__name__ == "Conv1D" and module.weight.dim() == 2
+    return (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module.weight.dim() == 2
 
 
 def _is_quantised(linear: nn.Module) -> bool:
