@@ -9,7 +9,7 @@ MLP Layers", EMNLP 2024, arXiv 2410.07383. One file; it needs torch and nothing 
     ...                                          # your training loop, unchanged
     unpatch_model(model)                         # plain linears again, same outputs
 
-In the right basis almost all the energy of a weight gradient sits in a few entries. So
+In the right basis most of the energy of a weight gradient sits in a few entries. So
 rotate the gradient into that basis, keep its k largest entries, train only those.
 
     T            tokens: all leading dimensions of an input, flattened
@@ -27,8 +27,8 @@ The paper (§3.2) trains W̃ = Vᵀ W U itself. With complete bases V C Uᵀ + W
 C is W̃ less its initial value, with the same gradient and the same Adam steps. Starting
 at zero makes an untrained layer equal the linear bit for bit, lets the bases be
 truncated (r < out, in) or absent, lets C train in fp32 beside a W in bf16, and leaves in
-C exactly what training changed, which is all that has to be saved. A basis
-that is None stands for the identity; with neither basis this is the paper's MeProp.
+C exactly what training changed in the weight. A basis that is None stands for the
+identity; with neither basis this is the paper's MeProp.
 """
 
 import collections
