@@ -155,8 +155,14 @@ class Basis(nn.Module):
 
     def __init__(self, U: Tensor | None = None, V: Tensor | None = None):
         super().__init__()
-        self.register_buffer("U", U)
-        self.register_buffer("V", V)
+        for side, vectors in (("U", U), ("V", V)):  # each vector in one piece: sparse products read whole ones
+            self.register_buffer(side, None if vectors is None else vectors.T.contiguous().T)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for side in self._buffers:
+            if prefix + side in destination:
+                destination[prefix + side] = destination[prefix + side].contiguous()  # safetensors takes no other
 
     def extra_repr(self) -> str:
         return ", ".join(f"{s}={None if b is None else tuple(b.shape)}" for s, b in (("U", self.U), ("V", self.V)))
@@ -207,7 +213,7 @@ def _back_propagate(
             weight.requires_grad_(True)
         if lr:  # train copies, in fp32 or better: Adam's epsilon and tiny steps vanish in half precision
             masters = [nn.Parameter(w.detach().to(_at_least_fp32(w.dtype), copy=True)) for w in weights.values()]
-            optimizer = torch.optim.AdamW(masters, lr=lr)
+            optimizer = torch.optim.AdamW(masters, lr=lr, fused=all(m.is_cpu for m in masters) or None)
             for weight, master in zip(weights.values(), masters):
                 weight.data = master.data.to(weight.dtype)  # the master itself where the dtypes agree
         for step, batch in enumerate(itertools.islice(batches, n_steps)):
@@ -329,11 +335,9 @@ def find_bases(
         if groups[name] not in grams:
             rotated = (True, True) if sides == "both" else (in_ <= out, out < in_)
             grams[groups[name]] = [grad.new_zeros(d, d) if on else None for d, on in zip((in_, out), rotated)]
-        gram_in, gram_out = grams[groups[name]]
-        if gram_in is not None:
-            gram_in.addmm_(grad.T, grad)  # (in, out) @ (out, in)
-        if gram_out is not None:
-            gram_out.addmm_(grad, grad.T)  # (out, in) @ (in, out)
+        for gram, rows in zip(grams[groups[name]], (grad.T, grad)):
+            if gram is not None:
+                _add_gram(gram, rows)
 
     _back_propagate(model, linears, batches, visit, **options)
     bases = {}
@@ -344,13 +348,20 @@ def find_bases(
     return {name: bases[groups[name]] for name in linears}
 
 
+def _add_gram(gram: Tensor, rows: Tensor, block: int = 512) -> None:
+    """`gram += rows rowsᵀ` (n, n), in blocks on and below the diagonal: all that `eigh` reads."""
+    for start in range(0, len(rows), block):
+        end = start + block
+        gram[start:end, :end].addmm_(rows[start:end], rows[:end].T)  # (block, p) @ (p, end)
+
+
 def _eigenbasis(gram: Tensor, rank: int | None, name: str) -> Tensor:
-    """Eigenvectors `(n, rank)` of a Gram matrix `(n, n)`, by falling eigenvalue."""
+    """Eigenvectors `(n, rank)` of a Gram matrix `(n, n)`, given on and below the diagonal, by falling eigenvalue."""
     energy = gram.trace()
     if not 0 < energy < math.inf:
         raise ValueError(f"the gradients of {name} are {'zero' if energy == 0 else 'not finite'}: no basis in them")
-    vectors = torch.linalg.eigh(gram.double()).eigenvectors  # float64: orthogonal to 1e-7 once rounded
-    return vectors.flip(1)[:, :rank].to(gram.dtype).contiguous()
+    vectors = torch.linalg.eigh(gram.double(), UPLO="L").eigenvectors  # float64: orthogonal to 1e-7 once rounded
+    return vectors.flip(1)[:, :rank].to(gram.dtype)
 
 
 # ------------------------------------------------------------------------ sparse gradients
@@ -362,11 +373,30 @@ def topk_coo(grad: Tensor, k: int) -> Tensor:
     flat = grad.flatten()
     if not 1 <= k <= flat.numel():
         raise ValueError(f"k is {k}, but a gradient {tuple(grad.shape)} has 1 to {flat.numel()} entries to keep")
-    index = flat.abs().topk(k, sorted=False).indices.sort().values  # row-major order is coalesced order
+    index = _largest(flat.abs(), k)  # row-major order is coalesced order
     columns = grad.shape[1]
     # Strided so on purpose: autograd hands contiguous indices on without the mark "coalesced".
     indices = torch.stack((index // columns, index % columns), dim=1).T  # (2, k)
     return torch.sparse_coo_tensor(indices, flat[index], grad.shape, is_coalesced=True, check_invariants=False)
+
+
+def _largest(sizes: Tensor, k: int) -> Tensor:
+    """Indices of the `k` largest of `sizes` (n,), ascending. On a CPU, where `topk` is slow on
+    millions, it gets those above a bound that a sample puts a little below the k-th largest."""
+    if k == len(sizes):
+        return torch.arange(k, device=sizes.device)
+    if sizes.device.type == "cpu" and len(sizes) >= max(4 * k, SAMPLE**2):
+        bound = sizes[::SAMPLE].topk(int(1.1 * k / SAMPLE) + 32, sorted=False).values.min().item()
+        likely = (sizes < bound).logical_not_().nonzero().squeeze(1)  # so put, a NaN is among them
+        if len(likely) >= k:
+            likely_sizes = sizes[likely]
+            index = likely[likely_sizes >= likely_sizes.topk(k, sorted=False).values.min()]
+            if len(index) == k:
+                return index
+    return sizes.topk(k, sorted=False).indices.sort().values  # also for ties, NaN, or a sample that misled
+
+
+SAMPLE = 61  # one entry in so many; prime, so that no pattern in the columns meets it
 
 
 def topk_energy(grad: Tensor, k: int) -> float:
@@ -385,25 +415,73 @@ class Plan(NamedTuple):
     tokens: bool  # dL/dC as (dY V)ᵀ (x U); else as Vᵀ (dYᵀ x) U
 
 
-def cheapest_plan(tokens: int, out: int, in_: int, r_out: int | None, r_in: int | None) -> Plan:
-    """The plan of fewest multiply-adds a step; `r_out`, `r_in` None for a side not rotated."""
+SPARSE = 25  # dense multiply-adds in the time of one with a sparse factor, on the CPUs measured (results/benchmark)
+
+
+def cheapest_plan(tokens: int, out: int, in_: int, r_out: int | None, r_in: int | None, k: int | None = None) -> Plan:
+    """The plan of fewest multiply-adds a step; `r_out`, `r_in` None for a side not rotated.
+
+    k: entries of C that change from step to step, if the layer keeps W + V C Uᵀ and need
+    only bring it up to date; None: it is written out anew.
+    """
     rows, columns = r_out or out, r_in or in_  # of the core
     r_out, r_in = r_out or 0, r_in or 0  # a product by the identity costs nothing
     rotate = tokens * (in_ * r_in + out * r_out)  # x U and dY V
-    expand = min(rows * r_in * in_ + out * r_out * in_, out * r_out * columns + out * r_in * in_)  # V C Uᵀ
+    write = out * in_ + min(rows * r_in * in_ + out * r_out * in_, out * r_out * columns + out * r_in * in_)  # W + V C Uᵀ
+    if k is not None:  # one side by a sparse product, the wider one if there are two
+        write = min(SPARSE * k, rows * columns) * max(r_out, r_in, 1) + out * in_ * min(r_out, r_in)
+    elif not _keep(rows * columns, out * in_):
+        write *= 2  # for the backward again
     reduce = min(r_out * out * in_ + rows * in_ * r_in, out * in_ * r_in + r_out * out * columns)  # Vᵀ G U
     costs = {
         Plan(merge=False, tokens=True): 2 * rotate + 3 * tokens * rows * columns,
-        Plan(merge=True, tokens=True): out * in_ + expand + rotate + tokens * rows * columns,
-        Plan(merge=True, tokens=False): out * in_ + expand + reduce + tokens * out * in_,
+        Plan(merge=True, tokens=True): write + rotate + tokens * rows * columns,
+        Plan(merge=True, tokens=False): write + reduce + tokens * out * in_,
     }
     return min(costs, key=costs.get)
 
 
-def _expand(core: Tensor, U: Tensor | None, V: Tensor | None) -> Tensor:
-    """V C Uᵀ `(out, in)`, in the cheaper order."""
-    factors = [f for f in (V, core, None if U is None else U.T) if f is not None]
-    return torch.linalg.multi_dot(factors) if len(factors) > 1 else core
+def _keep(core: int, weight: int) -> bool:
+    """Whether W + V C Uᵀ, once written out, is kept: for a small core that would cost more
+    memory than all else of it, and is soon done again."""
+    return 2 * core > weight
+
+
+def _expand(core: Tensor, U: Tensor | None, V: Tensor | None, onto: Tensor | None = None) -> Tensor:
+    """V C Uᵀ `(out, in)`, in the cheaper order; a new tensor with `onto` added, if given."""
+    if U is None and V is None:
+        return core if onto is None else onto + core
+    if U is None:
+        left, right = V, core
+    elif V is None:
+        left, right = core, U.T
+    else:
+        (rows, columns), out, in_ = core.shape, V.shape[0], U.shape[0]
+        v_first = out * columns * (rows + in_) <= rows * in_ * (columns + out)
+        left, right = (V @ core, U.T) if v_first else (V, core @ U.T)
+    return left @ right if onto is None else torch.addmm(onto, left, right)
+
+
+def _merge(residual: Tensor, core: Tensor, U: Tensor | None, V: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """W + V C Uᵀ `(out, in)` in `dtype`, that of all but W."""
+    same = residual.dtype == dtype
+    return _expand(core, U, V, residual) if same else (residual + _expand(core, U, V)).to(dtype)
+
+
+def _add_expanded(weight: Tensor, change: Tensor, U: Tensor | None, V: Tensor | None) -> None:
+    """`weight` (out, in) += V ΔC Uᵀ, for a sparse ΔC; the wide side by a sparse product, if there are two."""
+    if SPARSE * change._nnz() > change.numel():
+        change = change.to_dense()
+    if U is None and V is None:
+        weight.add_(change)
+    elif V is None:
+        weight.add_(change @ U.T)  # (out, in) @ (in, in)
+    elif U is None:
+        weight.add_((change.T @ V.T).T)  # (in, out) @ (out, out)
+    elif len(V) >= len(U):
+        weight.addmm_((change.T @ V.T).T, U.T)  # (out, r_in) @ (r_in, in)
+    else:
+        weight.addmm_(V, change @ U.T)  # (out, r_out) @ (r_out, in)
 
 
 class SparseGradFunction(torch.autograd.Function):
@@ -412,26 +490,29 @@ class SparseGradFunction(torch.autograd.Function):
     x (T, in), residual W (out, in), core C (r_out, r_in), U, V, bias (out,) or None;
     k, the entries of dL/dC to keep, or None for all of them as a dense tensor. Computes
     in `dtype` and returns (T, out) in it; W gets no gradient. W None, for one that is
-    elsewhere: `y = x (V C Uᵀ)ᵀ + b`, by a plan that does not merge.
+    elsewhere: `y = x (V C Uᵀ)ᵀ + b`, by a plan that does not merge. merged: W + V C Uᵀ, if
+    the caller has it at hand and the plan merges.
     """
 
     @staticmethod
-    def forward(ctx, x, residual, core, U, V, bias, k, plan, dtype):
+    def forward(ctx, x, residual, core, U, V, bias, k, plan, dtype, merged=None):
         bias_dtype = None if bias is None else bias.dtype
         shared = U, V  # by many layers, so these are saved, and cast again in backward
         C, U, V = (None if t is None else t.to(dtype) for t in (core, U, V))
-        x = x.to(dtype)
-        merged = (residual + _expand(C, U, V)).to(dtype) if plan.merge else None
-        bias = None if bias is None else bias.to(dtype)
-        y = None if residual is None else F.linear(x, residual.to(dtype) if merged is None else merged, bias)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         train_core = ctx.needs_input_grad[2]
         rotated = x
         if U is not None and plan.tokens and (train_core or not plan.merge):
             rotated = x @ U  # (T, in) @ (in, r_in)
-        if not plan.merge:
-            middle = rotated @ C.T  # (T, r_in) @ (r_in, r_out)
-            delta = middle if V is None else middle @ V.T  # (T, r_out) @ (r_out, out)
-            y = y.add_(delta) if y is not None else delta if bias is None else delta + bias
+        if plan.merge:
+            weight = _merge(residual, C, U, V, dtype) if merged is None else merged.to(dtype)
+            y = F.linear(x, weight, bias)  # (T, in) @ (in, out)
+            if merged is None and _keep(C.numel(), residual.numel()):
+                merged = weight
+        else:
+            left, right = (rotated, C) if V is None else (rotated @ C.T, V)  # (T, r_in) @ (r_in, r_out)
+            # then (T, r_out) @ (r_out, out)
+            y = F.linear(left, right, bias) if residual is None else F.linear(x, residual.to(dtype), bias).addmm_(left, right.T)
         ctx.save_for_backward(rotated if train_core else None, residual, core, *shared, merged)
         ctx.k, ctx.plan, ctx.dtypes = k, plan, (dtype, bias_dtype)
         return y
@@ -441,21 +522,21 @@ class SparseGradFunction(torch.autograd.Function):
     def backward(ctx, dy):
         rotated, residual, core, U, V, merged = ctx.saved_tensors
         dtype, bias_dtype = ctx.dtypes
-        dy, U, V = (None if t is None else t.to(dtype) for t in (dy, U, V))
+        dy, C, U, V = (None if t is None else t.to(dtype) for t in (dy, core, U, V))
         dx = d_core = d_bias = None
         dyv = dy
-        if V is not None and ctx.plan.tokens and (ctx.needs_input_grad[2] or merged is None):
+        if V is not None and ctx.plan.tokens and (ctx.needs_input_grad[2] or not ctx.plan.merge):
             dyv = dy @ V  # (T, out) @ (out, r_out)
         if ctx.needs_input_grad[0]:
-            if merged is not None:
-                dx = dy @ merged  # (T, out) @ (out, in)
+            if ctx.plan.merge:
+                dx = dy @ (_merge(residual, C, U, V, dtype) if merged is None else merged.to(dtype))  # (T, out) @ (out, in)
             else:
-                middle = dyv @ core.to(dtype)  # (T, r_out) @ (r_out, r_in)
-                dx = middle if U is None else middle @ U.T  # (T, r_in) @ (r_in, in)
-                if residual is not None:
-                    dx = dx + dy @ residual.to(dtype)  # (T, out) @ (out, in)
+                left, right = (dyv, C) if U is None else (dyv @ C, U.T)  # (T, r_out) @ (r_out, r_in)
+                # then (T, r_in) @ (r_in, in)
+                dx = left @ right if residual is None else (dy @ residual.to(dtype)).addmm_(left, right)
         if ctx.needs_input_grad[2]:
-            d_core = dyv.T @ rotated  # (r_out, T) @ (T, r_in), or G (out, T) @ (T, in)
+            tall = core.shape[0] > 4 * core.shape[1]  # BLAS is up to twice as fast with the long side last
+            d_core = (rotated.T @ dyv).T if tall else dyv.T @ rotated  # (r_out, T) @ (T, r_in), or G (out, T) @ (T, in)
             if not ctx.plan.tokens:
                 d_core = _expand(d_core, None if U is None else U.T, None if V is None else V.T)
             d_core = d_core.to(core.dtype)
@@ -463,7 +544,7 @@ class SparseGradFunction(torch.autograd.Function):
                 d_core = topk_coo(d_core, ctx.k)
         if ctx.needs_input_grad[5]:
             d_bias = dy.sum(0, dtype=bias_dtype)
-        return dx, None, d_core, None, None, d_bias, None, None, None
+        return dx, None, d_core, None, None, d_bias, None, None, None, None
 
 
 class SparseGradLinear(nn.Module):
@@ -490,6 +571,7 @@ class SparseGradLinear(nn.Module):
         shape = _core_shape(basis, self.out_features, self.in_features)
         self.core = nn.Parameter(torch.zeros(shape, device=weight.device, dtype=_at_least_fp32(weight.dtype)))
         self.k = k
+        self._kept = None, None  # W + V C Uᵀ, and what it was made from
         self._plain = nn.Linear if self.base is not None else type(linear)
 
     @classmethod
@@ -541,13 +623,48 @@ class SparseGradLinear(nn.Module):
         U, V = self.basis.U, self.basis.V
         r_out, r_in = (None if b is None else b.shape[1] for b in (V, U))
         tokens = x.reshape(-1, x.shape[-1])  # (T, in)
-        plan = Plan(merge=False, tokens=True)
+        plan, merged = Plan(merge=False, tokens=True), None
+        keeps = self._keeps_weight()
         if self.base is None:
-            plan = cheapest_plan(tokens.shape[0], self.out_features, self.in_features, r_out, r_in)
+            plan = cheapest_plan(tokens.shape[0], self.out_features, self.in_features, r_out, r_in, self.k if keeps else None)
+        if keeps and plan.merge:
+            merged = self._kept_weight()
         core = self.core if torch.is_grad_enabled() else self.core.detach()
-        y = SparseGradFunction.apply(tokens, self.residual, core, U, V, self.bias, self.k, plan, dtype)
+        y = SparseGradFunction.apply(tokens, self.residual, core, U, V, self.bias, self.k, plan, dtype, merged)
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.base is None else y + self.base(x).to(y.dtype)
+
+    # A step of SparseGradAdamW moves k entries of C, so W + V C Uᵀ need not be written out anew:
+    # the layer keeps it while it trains, and adds what the optimizer says that it did. Any other
+    # write to C, W or a basis shows in its address or version, and then all is written anew.
+    # (A write through `.data` has neither: write under no_grad.)
+    def _keeps_weight(self) -> bool:
+        trains = torch.is_grad_enabled() and self.core.requires_grad and self.k is not None
+        exact = self.base is None and self.residual.dtype == self.core.dtype  # small changes would vanish in bf16
+        return trains and exact and _keep(self.core.numel(), self.residual.numel())
+
+    @torch.no_grad()
+    def _kept_weight(self) -> Tensor:
+        U, V, core = self.basis.U, self.basis.V, self.core
+        stamps = [(t.data_ptr(), t._version) for t in (core, self.residual, U, V) if t is not None]
+        before, weight = self._kept
+        if before == stamps:
+            return weight
+        old, new, index, change = getattr(core, "last_step", (None,) * 4)
+        if before == [(core.data_ptr(), old), *stamps[1:]] and new == core._version:
+            change = torch.sparse_coo_tensor(index, change, core.shape, is_coalesced=True, check_invariants=False)
+            _add_expanded(weight, change, U, V)
+        else:
+            weight = _merge(self.residual, core, U, V, core.dtype)
+        self._kept = stamps, weight
+        return weight
+
+    def _save_to_state_dict(self, *args):
+        self._kept = None, None  # so that who goes on from the file rounds as who wrote it
+        super()._save_to_state_dict(*args)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_kept": (None, None)}  # not into copies and files
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, core={tuple(self.core.shape)}, k={self.k}"
@@ -559,6 +676,7 @@ class SparseGradLinear(nn.Module):
         self.__dict__["basis"] = self._modules.pop("basis")
 
     def _apply(self, fn, recurse=True):
+        self._kept = None, None
         if "basis" not in self._modules:
             self.basis._apply(fn)
         return super()._apply(fn, recurse)
@@ -716,9 +834,7 @@ class SparseGradAdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
             self._dense_step(group, [p for p in params if not p.grad.is_sparse])
-            for p in params:
-                if p.grad.is_sparse:
-                    self._sparse_step(group, p)
+            self._sparse_step(group, [p for p in params if p.grad.is_sparse])
         return loss
 
     def _dense_step(self, group, params) -> None:
@@ -729,6 +845,7 @@ class SparseGradAdamW(torch.optim.Optimizer):
             *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq")),
             max_exp_avg_sqs=[],
             state_steps=[s["step"] for s in states],
+            fused=all(p.is_cpu for p in params) or None,  # elsewhere torch's default, a few kernels for all
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -738,21 +855,38 @@ class SparseGradAdamW(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _sparse_step(self, group, p) -> None:
-        state, (beta1, beta2) = self.state[p], group["betas"]
-        state["step"] += 1
-        step = state["step"].item()
-        grad = p.grad.coalesce()
-        index, g = tuple(grad.indices()), grad.values()
-        if group["k"] is not None and len(g) > group["k"]:
-            kept = g.abs().topk(group["k"], sorted=False).indices
-            index, g = tuple(i[kept] for i in index), g[kept]
-        m = state["exp_avg"][index].lerp_(g, 1 - beta1)
-        v = state["exp_avg_sq"][index].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        state["exp_avg"][index] = m
-        state["exp_avg_sq"][index] = v
-        size = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        p[index] = p[index].addcdiv_(m, v.sqrt().add_(group["eps"]), value=-size)
+    def _sparse_step(self, group, params) -> None:
+        if not params:
+            return
+        beta1, beta2 = group["betas"]
+        indices, g, m, v, sizes = [], [], [], [], []
+        for p in params:
+            state, grad = self.state[p], p.grad.coalesce()
+            index, values = grad.indices(), grad.values()
+            if group["k"] is not None and len(values) > group["k"]:
+                kept = values.abs().topk(group["k"], sorted=False).indices.sort().values
+                index, values = index[:, kept], values[kept]
+            state["step"] += 1
+            step = state["step"].item()
+            sizes.append(-group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step))
+            indices.append(tuple(index))
+            g.append(values)
+            m.append(state["exp_avg"][indices[-1]])
+            v.append(state["exp_avg_sq"][indices[-1]])
+        torch._foreach_lerp_(m, g, 1 - beta1)  # all cores in one kernel, as torch's optimizers do
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, g, g, value=1 - beta2)
+        for p, index, m_p, v_p in zip(params, indices, m, v):
+            self.state[p]["exp_avg"][index] = m_p
+            self.state[p]["exp_avg_sq"][index] = v_p
+        torch._foreach_sqrt_(v)
+        torch._foreach_add_(v, group["eps"])
+        torch._foreach_div_(m, v)
+        torch._foreach_mul_(m, sizes)
+        for p, index, change in zip(params, indices, m):
+            before = p._version
+            p[index] = p[index] + change
+            p.last_step = before, p._version, torch.stack(index), change  # the layer's `_kept_weight` reads it
 
 
 @torch.no_grad()

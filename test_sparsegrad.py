@@ -4,7 +4,9 @@ import copy
 import csv
 import gc
 import importlib.util
+import math
 import pathlib
+import pickle
 import warnings
 
 import datasets
@@ -339,6 +341,22 @@ def test_topk_coo_keeps_exactly_the_largest():
             sg.topk_coo(grad, k)
 
 
+@pytest.mark.parametrize("k", [1, 40, 1200])
+def test_topk_of_many_entries_is_torchs(k):
+    grad = torch.randn(80, 120) * torch.logspace(0, -3, 120)
+    torch.testing.assert_close(sg.topk_coo(grad, k).to_dense(), top_k_of(grad, k), rtol=0, atol=0)
+    grad[:, 1:] *= 1e-3  # nearly all of the sample lies below the k-th largest
+    torch.testing.assert_close(sg.topk_coo(grad, k).to_dense(), top_k_of(grad, k), rtol=0, atol=0)
+
+
+def test_topk_of_ties_and_nan():
+    grad = torch.ones(80, 120)
+    assert sg.topk_coo(grad, 40)._nnz() == 40
+    grad[3, 7] = math.nan
+    kept = sg.topk_coo(grad, 40)
+    assert kept.is_coalesced() and kept._nnz() == 40 and kept.values().isnan().sum() == 1
+
+
 def test_topk_energy():
     grad = torch.tensor([[3.0, 0.0], [0.0, -4.0]])
     assert sg.topk_energy(grad, 1) == pytest.approx(16 / 25)
@@ -388,7 +406,7 @@ def test_the_plan_follows_the_sizes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sg, "cheapest_plan", lambda *sizes: lengths.append(sizes) or original(*sizes))
         layer(torch.randn(2, 3, IN))
-    assert lengths == [(6, OUT, IN, 6, 5)]
+    assert lengths == [(6, OUT, IN, 6, 5, None)]
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -614,6 +632,128 @@ def test_autocast_saves_no_copies_of_the_bases(plan):
     with torch.autocast("cpu", torch.bfloat16):
         saved = {t.data_ptr() for t in saved_tensors(layer, torch.randn(3, IN))}
     assert {layer.basis.U.data_ptr(), layer.basis.V.data_ptr()} <= saved
+
+
+WRITE_OUT = PLANS[2]
+
+
+def steps(layer, n, lr=0.1):
+    """n steps of training on random inputs."""
+    optimizer = SparseGradAdamW([layer.core], lr=lr)
+    for _ in range(n):
+        layer(torch.randn(6, IN)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("k", [3, 100])
+@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT)])
+@pytest.mark.parametrize("kind", ["complete", "U only", "V only", "none"])
+def test_the_weight_that_a_layer_keeps_follows_the_optimizer(kind, shape, k, monkeypatch):
+    """It is written out once, then only brought up to date."""
+    monkeypatch.setattr(sg, "cheapest_plan", lambda *sizes: WRITE_OUT)
+    merges, merge = [], sg._merge
+    monkeypatch.setattr(sg, "_merge", lambda *args: merges.append(1) or merge(*args))
+    (out, in_), U, V = shape, orthonormal(shape[1], shape[1]), orthonormal(shape[0], shape[0])
+    basis = Basis(None if kind in ("V only", "none") else U, None if kind in ("U only", "none") else V)
+    layer = SparseGradLinear.from_linear(nn.Linear(in_, out), basis, k)
+    optimizer = SparseGradAdamW([layer.core], lr=0.1)
+    for _ in range(20):
+        for _ in range(2):  # two micro-batches
+            x = torch.randn(6, in_)
+            layer(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(merges) == 1
+    layer(x)
+    torch.testing.assert_close(layer._kept[1], layer.merged_weight(), rtol=1e-5, atol=1e-5)
+    assert (layer.merged_weight() - layer.residual).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("write", ["add_", "data", "load_state_dict", "residual", "basis", "two steps"])
+def test_the_weight_that_a_layer_keeps_follows_every_other_write(write, monkeypatch):
+    monkeypatch.setattr(sg, "cheapest_plan", lambda *sizes: WRITE_OUT)
+    layer = make_layer("complete")
+    x = torch.randn(4, IN)
+    steps(layer, 2)
+    layer(x)
+    with torch.no_grad():
+        if write == "add_":
+            layer.core.add_(1.0)
+        elif write == "data":
+            layer.core.data = torch.randn(OUT, IN)
+        elif write == "load_state_dict":
+            layer.load_state_dict(make_layer("complete").state_dict())
+        elif write == "residual":
+            layer.residual.mul_(2.0)
+        elif write == "basis":
+            layer.basis.U.copy_(orthonormal(IN, IN))
+    if write == "two steps":
+        layer(x).sum().backward()
+        optimizer = SparseGradAdamW([layer.core], lr=0.1)
+        optimizer.step()
+        optimizer.step()
+    torch.testing.assert_close(layer(x), F.linear(x, written_out(layer), layer.bias), rtol=1e-4, atol=1e-4)
+
+
+def test_swapping_weights_through_data_for_an_evaluation_is_seen(monkeypatch):
+    """As averaging of weights often does it; no version or address tells of it."""
+    monkeypatch.setattr(sg, "cheapest_plan", lambda *sizes: WRITE_OUT)
+    layer, x = make_layer("complete"), torch.randn(4, IN)
+    steps(layer, 2)
+    trained = layer.core.detach().clone()
+    layer.core.data.copy_(torch.ones(OUT, IN))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), F.linear(x, written_out(layer), layer.bias), rtol=1e-4, atol=1e-4)
+    layer.core.data.copy_(trained)
+    torch.testing.assert_close(layer(x), F.linear(x, written_out(layer), layer.bias), rtol=1e-4, atol=1e-4)
+
+
+def test_training_with_the_kept_weight_is_training_without(monkeypatch):
+    monkeypatch.setattr(sg, "cheapest_plan", lambda *sizes: WRITE_OUT)
+    layer = make_layer("complete", k=20, trained=False)
+    plain = copy.deepcopy(layer)
+    monkeypatch.setattr(plain, "_keeps_weight", lambda: False)
+    for each in (layer, plain):
+        torch.manual_seed(1)
+        steps(each, 100, lr=1e-3)
+    assert layer._kept[1] is not None and plain._kept[1] is None
+    torch.testing.assert_close(layer.core, plain.core, rtol=0, atol=1e-5)
+
+
+def test_no_weight_is_kept_where_it_costs_more_than_it_saves_or_would_lose_small_steps():
+    bf16 = SparseGradLinear.from_linear(nn.Linear(IN, OUT, dtype=torch.bfloat16), make_basis("complete"), 9)
+    bf16(torch.randn(500, IN, dtype=torch.bfloat16))
+    layers = [bf16, make_layer("truncated"), make_layer("complete", k=None), make_layer("complete")]
+    layers[-1].core.requires_grad_(False)
+    for layer in layers[1:]:
+        layer(torch.randn(500, IN))
+    with torch.no_grad():
+        layers.append(make_layer("complete"))
+        layers[-1](torch.randn(500, IN))
+    assert all(layer._kept == (None, None) for layer in layers)
+
+
+def test_copies_files_and_moves_drop_the_kept_weight(monkeypatch):
+    monkeypatch.setattr(sg, "cheapest_plan", lambda *sizes: WRITE_OUT)
+    layer = make_layer("complete")
+    layer(torch.randn(4, IN))
+    assert layer._kept[1] is not None
+    assert copy.deepcopy(layer)._kept == pickle.loads(pickle.dumps(layer))._kept == (None, None)
+    layer.state_dict()  # so a run that goes on from a checkpoint and the one that wrote it round alike
+    assert layer._kept == (None, None)
+    layer(torch.randn(4, IN))
+    assert layer.double()._kept == (None, None)
+
+
+def test_a_truncated_layer_saves_neither_its_input_nor_a_weight(monkeypatch):
+    """Of LoRA's memory these are most."""
+    for plan in PLANS[:2]:
+        monkeypatch.setattr(sg, "cheapest_plan", lambda *sizes, plan=plan: plan)
+        layer = make_layer("truncated")
+        known = {t.data_ptr() for t in (layer.residual, layer.core, layer.basis.U, layer.basis.V)}
+        saved = [t for t in saved_tensors(layer, torch.randn(50, IN, requires_grad=True)) if t.data_ptr() not in known]
+        assert [tuple(t.shape) for t in saved] == [(50, 5)]
 
 
 def test_deepcopy_and_state_dict():
