@@ -239,7 +239,9 @@ def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse
             linear.weight.requires_grad_(True)
     elif args.method == "lora":
         info["lora_rank"] = args.rank or lora_rank(linears.values(), check_sizes(linears, args))
-        _add_lora(model, info["lora_rank"], list(linears))
+        import peft
+
+        add_peft(model, peft.LoraConfig(r=info["lora_rank"], lora_alpha=info["lora_rank"]), list(linears))
     else:
         bases = None
         if args.method == "sparsegrad":
@@ -257,14 +259,17 @@ def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse
     return info
 
 
-def _add_lora(model: nn.Module, rank: int, names: list[str]) -> None:
-    """PEFT's layers inside the plain model, so that checkpoints hold all that trains."""
+def add_peft(model: nn.Module, config, names: list[str]) -> None:
+    """The layers of a PEFT `config` inside the plain model, so that checkpoints hold all that trains."""
     import peft
 
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
+    config.target_modules = set(names)
+    parameters = list(model.named_parameters())
+    flags = {name: p.requires_grad for name, p in parameters}
+    old = {id(p) for _, p in parameters}
+    peft.inject_adapter_in_model(config, model)
     for name, p in model.named_parameters():
-        if "lora_" not in name:
+        if id(p) in old:
             p.requires_grad_(flags[name.replace(".base_layer.", ".")])
 
 
@@ -364,7 +369,8 @@ class SparseGradTrainer(transformers.Trainer):
     def _save(self, output_dir=None, state_dict=None):
         folder = pathlib.Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}, folder / TRAINED)
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        save_file({name: t for name, t in self.model.state_dict().items() if name in trained}, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         parameters = dict(self.model.named_parameters())
@@ -541,9 +547,7 @@ def train_and_report(
         **{key: value for key, value in info.items() if key not in ("frozen", "basis_seconds")},
         **extra,
         **measured,
-        "versions": _versions(),
-        "git_commit": _git_commit(),
-        "machine": _machine(),
+        **provenance(),
     }
     write_json(folder / "results.json", results)
     return results
@@ -591,6 +595,11 @@ def write_text(path: pathlib.Path, text: str) -> None:
     part = path.with_suffix(".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def provenance() -> dict:
+    """With which versions, from which commit and on what a result was measured."""
+    return {"versions": _versions(), "git_commit": _git_commit(), "machine": _machine()}
 
 
 def _versions() -> dict[str, str]:
@@ -652,15 +661,15 @@ def open_folder(args: argparse.Namespace, name: str) -> pathlib.Path:
         args.output_dir = next(path for path in candidates if not path.exists())
     elif (args.output_dir / "arguments.json").exists():
         raise UserError(f"{args.output_dir} holds a run already; pass --resume {args.output_dir}, or another --output-dir")
-    _check_writable("--output-dir", args.output_dir)
+    check_writable("--output-dir", args.output_dir)
     if args.merge is not None:
-        _check_writable("--merge", args.merge)
+        check_writable("--merge", args.merge)
         if args.merge.absolute() in (args.output_dir.absolute(), *args.output_dir.absolute().parents):
             raise UserError(f"--merge {args.merge} would hold the run's own folder {args.output_dir}: pass another folder")
     return args.output_dir
 
 
-def _check_writable(option: str, path: pathlib.Path) -> None:
+def check_writable(option: str, path: pathlib.Path) -> None:
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"{option} {path}: {there} is not a folder that can be written to")

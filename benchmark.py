@@ -1,0 +1,502 @@
+"""Steps per second and peak memory of every method, side by side in one process.
+
+    python benchmark.py --arch bert-base --batch 32 --seq 128 --json bert-base.json
+    python benchmark.py --table bert-base.json ...        the README's tables, from such files
+    python benchmark.py --sweep sweep.json                cost against tokens, width, k and rank
+    python benchmark.py --figure sweep.json sweep.png     the README's figure, from that file
+
+The architectures are the real ones, from their configs, with random weights and random
+tokens: nothing is downloaded. The methods share one set of frozen weights and take their
+steps in turn, so that a machine that slows down does so for all of them; times are medians
+with their quartiles. Memory is what tensors take, counted, not the process's.
+
+A method is a name and its options, as in `sparsegrad:narrow:rank=32`:
+
+    frozen      nothing trains: the forward and the gradients of activations, the floor
+    ft          the MLP linears train densely
+    lora        PEFT's LoRA on the same linears; `rank=R`, else the one whose size is nearest to k
+    shira       PEFT's SHiRA: a random set of as many entries, fixed
+    meprop      top-k entries of the gradient in the original space
+    sparsegrad  complete bases shared by a role, as in the paper; `rank=R`: their leading R columns;
+                `narrow`: the shorter side of a weight alone; `k=K`, `k=all`: other than --k
+    literal     the paper's Table 2 as written: all activations rotated, whatever the sizes
+"""
+
+import argparse
+import copy
+import ctypes
+import itertools
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import finetune
+import sparsegrad
+from sparsegrad import Basis
+
+NAMES = ("frozen", "ft", "lora", "shira", "meprop", "sparsegrad", "literal")
+METHODS = ["frozen", "ft", "lora", "shira", "meprop", "sparsegrad:narrow:rank=32", "sparsegrad:rank=128"]
+METHODS += ["sparsegrad:narrow", "sparsegrad", "literal"]
+CONFIGS = {
+    "bert-base": transformers.BertConfig,
+    "roberta-base": lambda: transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
+    "llama-2-7b": transformers.LlamaConfig,  # whose defaults are the 7B model's
+    "minilm": lambda: transformers.BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6),
+}
+SWEEP = {  # one setting varied at a time, from two blocks of MiniLM, 32 x 128 tokens, k = 1 %
+    "tokens": ([128, 512, 2048, 8192, 16384], ["frozen", "ft", "lora", "sparsegrad:narrow:rank=32", "sparsegrad"]),
+    "width": ([128, 256, 512, 1024], ["frozen", "ft", "lora", "sparsegrad:narrow:rank=32", "sparsegrad"]),
+    "k": ([0.0001, 0.001, 0.01, 0.1, 1.0], ["meprop:k={}", "sparsegrad:narrow:rank=32:k={}", "sparsegrad:k={}"]),
+    "rank": ([4, 16, 64, 256, 384], ["lora:rank={}", "sparsegrad:narrow:rank={}", "sparsegrad:rank={}"]),
+}
+
+# ------------------------------------------------------------------- models and batches
+
+
+def make_config(arch: str, layers: int | None) -> transformers.PretrainedConfig:
+    """The real architecture; `layers` blocks of it, or all."""
+    config = CONFIGS[arch]()
+    if layers is not None and layers > config.num_hidden_layers:
+        raise finetune.UserError(f"--layers {layers}: {arch} has {config.num_hidden_layers}")
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    config.use_cache = False
+    return config
+
+
+def make_model(config: transformers.PretrainedConfig, args: argparse.Namespace) -> nn.Module:
+    """Random weights in `args.dtype`, train mode, nothing trainable."""
+    causal = config.model_type == "llama"
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
+    try:
+        torch.set_default_dtype(args.dtype)
+        with torch.device(args.device):
+            model = auto.from_config(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return model.train().requires_grad_(False)
+
+
+def make_batches(config: transformers.PretrainedConfig, args: argparse.Namespace) -> Iterator[dict[str, Tensor]]:
+    """Random tokens without padding, for ever."""
+    while True:
+        ids = torch.randint(3, config.vocab_size, (args.batch, args.seq), device=args.device)
+        labels = ids if config.model_type == "llama" else torch.randint(0, 2, (args.batch,), device=args.device)
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def adapted(model: nn.Module) -> list[str]:
+    """Names of the linears that the paper adapts: all MLP linears of BERT, every third block's of LLaMA."""
+    names = list(sparsegrad.mlp_linears(model))
+    if model.config.model_type == "llama":
+        names = [name for name in names if int(name.split(".layers.")[1].split(".")[0]) % 3 == 0]
+    return names
+
+
+def forward(model: nn.Module, batch: dict[str, Tensor], args: argparse.Namespace) -> Tensor:
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
+        return model(**batch).loss
+
+
+# ------------------------------------------------------------------------------- methods
+
+
+class Method:
+    """`sparsegrad:rank=128:k=0.001`, read."""
+
+    def __init__(self, text: str):
+        self.text, (self.name, *options) = text, text.split(":")
+        self.rank, self.narrow, self.k = None, False, None
+        if self.name not in NAMES:
+            raise argparse.ArgumentTypeError(f"{self.name!r} is none of {', '.join(NAMES)}")
+        for option in options:
+            key, _, value = option.partition("=")
+            if key == "rank" and self.name in ("lora", "sparsegrad"):
+                self.rank = finetune.number(int, 1)(value)
+            elif key == "k" and self.name in ("meprop", "sparsegrad"):
+                self.k = 1.0 if value == "all" else finetune.share_or_count(value)
+            elif option == "narrow" and self.name == "sparsegrad":
+                self.narrow = True
+            else:
+                raise argparse.ArgumentTypeError(f"{self.name} has no option {option!r}")
+
+    def basis(self, complete: Basis) -> Basis:
+        """What it uses of complete bases."""
+        U, V = complete.U, complete.V
+        wide_in = len(U) > len(V)
+        return Basis(
+            None if self.narrow and wide_in else U[:, : self.rank],
+            None if self.narrow and not wide_in else V[:, : self.rank],
+        )
+
+
+class LiteralFunction(torch.autograd.Function):
+    """The paper's Table 2, product by product; `core` is its W̃ (out, in)."""
+
+    @staticmethod
+    def forward(ctx, x, core, U, V, bias, k):
+        ctx.save_for_backward(x, core, U, V)
+        ctx.k = k
+        core, U, V = (t.to(x.dtype) for t in (core, U, V))
+        y = x @ U @ core.T @ V.T  # (T, in) @ (in, in) @ (in, out) @ (out, out)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, *others = ctx.saved_tensors
+        core, U, V = (t.to(x.dtype) for t in others)
+        dyv = dy @ V  # (T, out) @ (out, out)
+        d_core = dyv.T @ (x @ U)  # (out, T) @ (T, in)
+        return dyv @ core @ U.T, sparsegrad.topk_coo(d_core.float(), ctx.k), None, None, None, None
+
+
+class LiteralLinear(nn.Module):
+    def __init__(self, linear: nn.Linear, basis: Basis, k: int):
+        super().__init__()
+        self.basis, self.bias, self.k = basis, linear.bias, k
+        self.core = nn.Parameter(basis.V.T @ linear.weight.float() @ basis.U)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        y = LiteralFunction.apply(x.flatten(0, -2), self.core, self.basis.U, self.basis.V, self.bias, self.k)
+        return y.unflatten(0, x.shape[:-1])
+
+
+def build(base: nn.Module, names: list[str], method: Method, bases: dict[str, Basis], args: argparse.Namespace):
+    """(model, optimizer): `method` on a copy of `base` that shares the weights that do not
+    train. What trains is in fp32: the method's own and the classifier, with `args.rest`
+    everything but the MLP weights, as in the paper."""
+    linears, mlp = set(names), set(sparsegrad.mlp_linears(base))
+    own = {}
+    for name, p in base.named_parameters():
+        weight_of = name.removesuffix(".weight")
+        dense = args.rest and weight_of not in mlp or name.startswith("classifier.") or method.name == "ft" and weight_of in linears
+        dense = dense and method.name != "frozen"
+        own[id(p)] = nn.Parameter(p.detach().float().clone() if dense else p.detach(), requires_grad=dense)
+    model = copy.deepcopy(base, own)  # parameters in `own` are not copied but put in place
+    modules = {name: model.get_submodule(name) for name in names}
+    if method.name == "frozen":  # the graph begins where the methods' does
+        modules[names[0]].register_forward_hook(lambda module, x, y: y.requires_grad_())
+    elif method.name in ("lora", "shira"):
+        import peft
+
+        entries = sum(round(args.k * m.weight.numel()) for m in modules.values())
+        rank = method.rank or finetune.lora_rank(modules.values(), entries)
+        config = peft.LoraConfig(r=rank, lora_alpha=rank) if method.name == "lora" else peft.ShiraConfig(r=rank)
+        finetune.add_peft(model, config, names)
+    elif method.name == "literal":
+        for name, linear in modules.items():
+            model.set_submodule(name, LiteralLinear(linear, bases[name], round(args.k * linear.weight.numel())))
+    elif method.name in ("meprop", "sparsegrad"):
+        cuts = {id(b): method.basis(b) for b in bases.values()} if method.name == "sparsegrad" else {}
+        used = {name: cuts[id(b)] for name, b in bases.items()} if cuts else None
+        sparsegrad.patch_model(model, used, method.k or args.k, None if used else names)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.data = p.data.float()  # PEFT's come in the dtype of the weight
+    if not trained:
+        return model, None
+    if method.name in ("meprop", "sparsegrad", "literal"):
+        return model, sparsegrad.SparseGradAdamW(trained, lr=1e-5)
+    return model, torch.optim.AdamW(trained, lr=1e-5, fused=True)
+
+
+# ------------------------------------------------------------------------------ measuring
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, as CUDA's allocator and jemalloc do. By default the kernel
+    clears every large tensor anew, and how often it must is most of what is then measured."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)
+    except OSError:
+        print("no glibc: how the allocator behaves is left to the system")
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Address -> bytes of the distinct storages under `tensors`."""
+    parts = itertools.chain.from_iterable((t._indices(), t._values()) if t.is_sparse else (t,) for t in tensors)
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in parts}
+
+
+def held(model: nn.Module, optimizer=None) -> dict[int, int]:
+    """Storages of what is there between two steps. Also what a SparseGrad layer keeps."""
+    states = optimizer.state.values() if optimizer else ()
+    kept = [layer._kept[1] for layer in sparsegrad.sparsegrad_layers(model).values() if layer._kept[1] is not None]
+    changes = [t for p in model.parameters() for t in getattr(p, "last_step", ()) if isinstance(t, Tensor)]
+    state = [t for s in states for t in s.values() if isinstance(t, Tensor)]
+    return storages([*model.parameters(), *model.buffers(), *kept, *changes, *state])
+
+
+def peak_of(call: Callable[[], None], device: str) -> int:
+    """Bytes of tensors, at most, beyond those that were there before `call`."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)
+
+
+class Run:
+    """One method under measurement."""
+
+    def __init__(self, method: Method, base: nn.Module, names: list[str], bases: dict[str, Basis], args: argparse.Namespace):
+        self.method, self.args, self.seconds = method, args, []
+        self.model, self.optimizer = build(base, names, method, bases, args)
+
+    def step(self, batch) -> None:
+        forward(self.model, batch, self.args).backward()
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def time(self, batch) -> None:
+        synchronize(self.args.device)
+        start = time.perf_counter()
+        self.step(batch)
+        synchronize(self.args.device)
+        self.seconds.append(time.perf_counter() - start)
+
+    def saved_bytes(self, batch) -> int:
+        """What autograd keeps from forward to backward that was not there before."""
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            loss = forward(self.model, batch, self.args)
+        known = held(self.model)
+        size = sum(size for address, size in storages(saved).items() if address not in known)
+        del loss
+        return size
+
+    def result(self, batch) -> dict:
+        summary = sparsegrad.summary(self.model)
+        uncounted = sum(m.core.numel() - m.k for m in self.model.modules() if isinstance(m, LiteralLinear))
+        quartiles = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
+        before = sum(held(self.model, self.optimizer).values())
+        return {
+            "seconds": quartiles[1],
+            "quartiles": quartiles[::2],
+            "steps": len(self.seconds),
+            "trainable": summary.core + summary.dense,
+            "touched": summary.touched + summary.dense - uncounted,
+            "peak_bytes": before + peak_of(lambda: self.step(batch), self.args.device),
+            "optimizer_bytes": before - sum(held(self.model).values()),
+            "saved_bytes": self.saved_bytes(batch),
+        }
+
+
+def search(base: nn.Module, names: list[str], batches: Iterator, args: argparse.Namespace) -> tuple[dict[str, Basis], dict]:
+    """Complete bases, shared by a role, and what finding them costs beside training the same linears as long."""
+    steps = list(itertools.islice(batches, args.basis_steps))
+    moments = []
+
+    def find(steps):
+        moments.clear()
+        moments.append(time.perf_counter())
+        bases = sparsegrad.find_bases(
+            base, steps, names, n_steps=len(steps), lr=args.basis_lr, loss_fn=lambda m, b: forward(m, b, args),
+            callback=lambda step, loss: (synchronize(args.device), moments.append(time.perf_counter())),
+        )  # fmt: skip
+        synchronize(args.device)
+        moments.append(time.perf_counter())
+        return bases
+
+    found = []
+    before = sum(held(base).values())
+    peak = before + peak_of(lambda: found.append(find(steps[:2])), args.device)
+    bases = found.pop() if len(steps) <= 2 else find(steps)
+    took = [b - a for a, b in itertools.pairwise(moments)]
+    training = Run(Method("ft"), base, names, bases, args)
+    for batch in steps[:1] + steps:
+        training.time(batch)
+    cost = {
+        "steps": len(steps),
+        "collecting_seconds": sum(took[:-1]),
+        "decomposing_seconds": took[-1],
+        "training_seconds": sum(training.seconds[1:]),
+        "peak_bytes": peak,
+    }
+    return bases, cost
+
+
+def measure(config: transformers.PretrainedConfig, args: argparse.Namespace) -> dict:
+    """One setting: the search for the bases, and every method."""
+    torch.manual_seed(0)
+    base = make_model(config, args)
+    names = adapted(base)
+    shapes = {sparsegrad.weight_shape(base.get_submodule(name)) for name in names}
+    for method in args.methods:
+        if method.name == "sparsegrad" and method.rank and method.rank > min(map(min, shapes)):
+            raise finetune.UserError(f"{method.text}: there is room for ranks of 1 to {min(map(min, shapes))}")
+    batches = make_batches(config, args)
+    bases, cost = search(base, names, batches, args)
+    runs = [Run(method, base, names, bases, args) for method in args.methods]
+    for number in range(args.warmup + args.repeats):
+        for run in runs:
+            run.time(next(batches)) if number >= args.warmup else run.step(next(batches))
+    return {"linears": len(names), "search": cost, "methods": {run.method.text: run.result(next(batches)) for run in runs}}
+
+
+def sweep(args: argparse.Namespace) -> list[dict]:
+    """Cost along each axis of SWEEP, the rest as it stands there."""
+    points = []
+    for axis, (values, methods) in SWEEP.items():
+        for value in values:
+            print(f"{axis} {value}", flush=True)
+            config = make_config("minilm", 2)
+            here = argparse.Namespace(**vars(args) | dict(batch=32, seq=128, basis_steps=1, k=0.01))
+            here.methods = [Method(text.format(value)) for text in methods]
+            if axis == "tokens":
+                here.batch = value // here.seq
+            elif axis == "width":
+                config.hidden_size, config.intermediate_size, config.num_attention_heads = value, 4 * value, value // 32
+            for text, result in zip(methods, measure(config, here)["methods"].values()):
+                points.append({"axis": axis, "value": value, "method": text, **result})
+    return points
+
+
+# ------------------------------------------------------------------------------ reporting
+
+
+def table(run: dict) -> str:
+    """A Markdown table of one measured setting."""
+    methods, options = run["methods"], run["options"]
+    seconds = {name: m["seconds"] for name, m in methods.items()}
+    lines = [
+        f"{options['arch']}, {options['layers']} blocks, {options['batch']} x {options['seq']} tokens, {options['dtype']}, "
+        f"{'the rest trains too' if options['rest'] else 'the rest frozen'}, {run['machine']['gpu'] or run['machine']['cpu']}, "
+        f"{run['machine']['threads']} threads",
+        "",
+        "| method | ms a step (quartiles) | speed, LoRA = 1 | full = 1 | time, frozen = 1 | peak MiB | saved MiB | optimizer MiB "
+        "| trainable | updated a step |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, m in methods.items():
+        low, high = m["quartiles"]
+        ratios = [f"{seconds[peer] / m['seconds']:.2f}" if peer in seconds else "" for peer in ("lora", "ft")]
+        ratios.append(f"{m['seconds'] / seconds['frozen']:.2f}" if "frozen" in seconds else "")
+        mib = [f"{m[key] / 2**20:,.0f}" for key in ("peak_bytes", "saved_bytes", "optimizer_bytes")]
+        times = f"{1000 * m['seconds']:,.0f} ({1000 * low:,.0f} to {1000 * high:,.0f})"
+        lines.append(f"| `{name}` | " + " | ".join([times, *ratios, *mib, f"{m['trainable']:,}", f"{m['touched']:,}"]) + " |")
+    cost = run["search"]
+    lines += [
+        "",
+        f"Bases: collecting for {cost['steps']} steps {cost['collecting_seconds']:.1f} s, decomposing "
+        f"{cost['decomposing_seconds']:.1f} s, peak {cost['peak_bytes'] / 2**20:,.0f} MiB; training the same linears for as "
+        f"many steps {cost['training_seconds']:.1f} s.",
+    ]
+    return "\n".join(lines)
+
+
+def figure(points: list[dict], path: pathlib.Path) -> None:
+    """Time and peak memory along each axis, both scales logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    styles = {
+        "frozen": ("frozen (the floor)", "#999999", ":", "x"),
+        "ft": ("full", "#000000", "-", "o"),
+        "lora": ("LoRA", "#d95f02", "--", "s"),
+        "meprop": ("MeProp", "#7570b3", "-.", "v"),
+        "sparsegrad:narrow": ("SparseGrad, narrow side, rank 32", "#1b9e77", "-", "^"),
+        "sparsegrad:rank": ("SparseGrad, both sides, rank", "#66a61e", "-.", "D"),
+        "sparsegrad": ("SparseGrad, complete bases", "#1f77b4", "-", "P"),
+    }
+    drawn, axes = plt.subplots(2, len(SWEEP), figsize=(3.2 * len(SWEEP), 5.6), layout="constrained", sharey="row")
+    seen = {}
+    for column, (axis, (_, methods)) in zip(axes.T, SWEEP.items()):
+        for text in methods:
+            style = text.replace(":rank={}", "" if ":narrow" in text or "lora" in text else ":rank")
+            label, color, line, marker = styles[style.replace(":k={}", "").replace(":rank=32", "")]
+            chosen = [p for p in points if p["axis"] == axis and p["method"] == text]
+            for ax, key, scale in zip(column, ("seconds", "peak_bytes"), (1000, 2**-20)):
+                xs, ys = [p["value"] for p in chosen], [scale * p[key] for p in chosen]
+                seen[label] = ax.plot(xs, ys, color=color, linestyle=line, marker=marker, markersize=4)[0]
+                ax.set(xscale="log", yscale="log", xlabel=axis)
+                ax.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("ms a step")
+    axes[1, 0].set_ylabel("peak MiB")
+    drawn.legend(list(seen.values()), list(seen), loc="outside lower center", ncols=4, frameon=False)
+    drawn.savefig(path, dpi=110)
+
+
+# ---------------------------------------------------------------------------------- main
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = finetune.Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--arch", choices=CONFIGS, default="bert-base")
+    add("--layers", type=finetune.number(int, 1), help="blocks, to fit a small machine; default all")
+    add("--methods", type=Method, nargs="+", default=[Method(text) for text in METHODS], help="see the top of this file")
+    add("--batch", type=finetune.number(int, 1), default=32, help="rows a step")
+    add("--seq", type=finetune.number(int, 2), default=128, help="tokens a row")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of frozen weights and activations; what trains is in fp32")
+    add("--k", type=finetune.number(float, 1e-6, 1.0), default=0.01, help="share of each linear that a step updates")
+    add("--rest", action="store_true", help="all but the MLP weights trains too, as in the paper")
+    add("--repeats", type=finetune.number(int, 1), default=7, help="steps timed of each method")
+    add("--warmup", type=finetune.number(int, 1), default=3, help="steps before them")
+    add("--basis-steps", type=finetune.number(int, 1), default=30)
+    add("--basis-lr", type=finetune.number(float, 0.0), default=5e-5)
+    add("--return-memory", action="store_true", help="leave the C library's allocator as it is: noisier, and slower for all")
+    add("--json", type=pathlib.Path, help="write what was measured")
+    add("--table", type=pathlib.Path, nargs="+", metavar="FILE", help="measure nothing, print the tables of such files")
+    add("--sweep", type=pathlib.Path, metavar="FILE", help="measure cost against tokens, width, k and rank, and write it")
+    add("--figure", type=pathlib.Path, nargs=2, metavar=("FILE", "PNG"), help="measure nothing, draw what --sweep wrote")
+    args = parser.parse_args(arguments)
+    for option in ("json", "sweep"):
+        if path := getattr(args, option):
+            finetune.check_writable(f"--{option}", path.parent)
+    for path in [*(args.table or ()), *(args.figure or ())[:1]]:
+        if not path.is_file():
+            raise finetune.UserError(f"{path} is not there: --json or --sweep writes such a file")
+    limit = CONFIGS[args.arch]().max_position_embeddings - 2
+    if args.seq > limit:
+        raise finetune.UserError(f"--seq {args.seq}: {args.arch} takes rows of up to {limit} tokens here")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.table:
+        print("\n\n".join(table(json.loads(path.read_text(encoding="utf-8"))) for path in args.table))
+        return
+    if args.figure:
+        figure(json.loads(args.figure[0].read_text(encoding="utf-8"))["points"], args.figure[1])
+        return
+    if not args.return_memory:
+        keep_freed_memory()
+    config = make_config(args.arch, args.layers)
+    chosen = ("arch", "batch", "seq", "dtype", "k", "rest", "repeats", "warmup", "basis_lr", "return_memory")
+    options = {name: getattr(args, name) for name in chosen} | {"layers": config.num_hidden_layers}
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    if args.sweep:
+        finetune.write_json(args.sweep, {"points": sweep(args), **finetune.provenance()})
+        return
+    run = {"options": options, **measure(config, args), **finetune.provenance()}
+    if args.json:
+        finetune.write_json(args.json, run)
+    print(table(run))
+
+
+if __name__ == "__main__":
+    finetune.run(main)
