@@ -25,6 +25,7 @@ A method is a name and its options, as in `sparsegrad:narrow:rank=32`:
 import argparse
 import copy
 import ctypes
+import gc
 import itertools
 import json
 import pathlib
@@ -359,6 +360,7 @@ def sweep(args: argparse.Namespace) -> list[dict]:
     for axis, (values, methods) in SWEEP.items():
         for value in values:
             print(f"{axis} {value}", flush=True)
+            gc.collect()  # the models before
             config = make_config("minilm", 2)
             here = argparse.Namespace(**vars(args) | dict(batch=32, seq=128, basis_steps=1, k=0.01))
             here.methods = [Method(text.format(value)) for text in methods]
