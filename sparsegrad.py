@@ -155,8 +155,11 @@ class Basis(nn.Module):
 
     def __init__(self, U: Tensor | None = None, V: Tensor | None = None):
         super().__init__()
-        for side, vectors in (("U", U), ("V", V)):  # each vector in one piece: sparse products read whole ones
-            self.register_buffer(side, None if vectors is None else vectors.T.contiguous().T)
+        for side, vectors in (("U", U), ("V", V)):
+            if vectors is not None:
+                rows = vectors.T.contiguous()  # each vector in one piece: sparse products read whole ones
+                vectors = (rows.clone() if rows.untyped_storage().nbytes() > rows.nbytes else rows).T  # and no cut-off columns
+            self.register_buffer(side, vectors)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -803,6 +803,14 @@ def test_a_basis_is_brought_to_the_cores_dtype():
     layer(torch.randn(2, IN)).sum().backward()
 
 
+def test_a_truncated_basis_does_not_hold_the_columns_it_dropped():
+    complete = make_basis("complete")
+    for cut in (Basis(complete.U[:, :3], complete.V[:, :3]), copy.deepcopy(Basis(complete.U[:, :3]))):
+        assert cut.U.untyped_storage().nbytes() == 4 * 3 * IN and torch.equal(cut.U, complete.U[:, :3])
+    bases = sg.find_bases(tiny_bert().double(), tiny_batches(2), rank=3)
+    assert {b.V.untyped_storage().nbytes() for b in bases.values()} == {8 * 3 * 64, 8 * 3 * 32}
+
+
 @pytest.mark.parametrize("columns", [0, IN + 1])
 def test_a_basis_needs_one_to_all_columns(columns):
     with pytest.raises(ValueError, match=r"it is \(12, 1 to 12\)"):
