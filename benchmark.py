@@ -380,6 +380,7 @@ def table(run: dict) -> str:
     """A Markdown table of one measured setting."""
     methods, options = run["methods"], run["options"]
     seconds = {name: m["seconds"] for name, m in methods.items()}
+    peers = {name.split(":")[0]: s for name, s in reversed(seconds.items()) if name.split(":")[0] in ("lora", "ft", "frozen")}
     lines = [
         f"{options['arch']}, {options['layers']} blocks, {options['batch']} x {options['seq']} tokens, {options['dtype']}, "
         f"{'the rest trains too' if options['rest'] else 'the rest frozen'}, {run['machine']['gpu'] or run['machine']['cpu']}, "
@@ -391,18 +392,19 @@ def table(run: dict) -> str:
     ]
     for name, m in methods.items():
         low, high = m["quartiles"]
-        ratios = [f"{seconds[peer] / m['seconds']:.2f}" if peer in seconds else "" for peer in ("lora", "ft")]
-        ratios.append(f"{m['seconds'] / seconds['frozen']:.2f}" if "frozen" in seconds else "")
+        ratios = [f"{peers[peer] / m['seconds']:.2f}" if peer in peers else "" for peer in ("lora", "ft")]
+        ratios.append(f"{m['seconds'] / peers['frozen']:.2f}" if "frozen" in peers else "")
         mib = [f"{m[key] / 2**20:,.0f}" for key in ("peak_bytes", "saved_bytes", "optimizer_bytes")]
         times = f"{1000 * m['seconds']:,.0f} ({1000 * low:,.0f} to {1000 * high:,.0f})"
         lines.append(f"| `{name}` | " + " | ".join([times, *ratios, *mib, f"{m['trainable']:,}", f"{m['touched']:,}"]) + " |")
     cost = run["search"]
-    lines += [
-        "",
-        f"Bases: collecting for {cost['steps']} steps {cost['collecting_seconds']:.1f} s, decomposing "
-        f"{cost['decomposing_seconds']:.1f} s, peak {cost['peak_bytes'] / 2**20:,.0f} MiB; training the same linears for as "
-        f"many steps {cost['training_seconds']:.1f} s.",
-    ]
+    if cost["steps"] > 2:  # fewer were timed under the memory profiler
+        lines += [
+            "",
+            f"Bases: collecting for {cost['steps']} steps {cost['collecting_seconds']:.1f} s, decomposing "
+            f"{cost['decomposing_seconds']:.1f} s, peak {cost['peak_bytes'] / 2**20:,.0f} MiB; training the same linears for as "
+            f"many steps {cost['training_seconds']:.1f} s.",
+        ]
     return "\n".join(lines)
 
 
