@@ -32,6 +32,7 @@ identity; with neither basis this is the paper's MeProp.
 """
 
 import collections
+import contextlib
 import copy
 import functools
 import itertools
@@ -631,7 +632,8 @@ class SparseGradLinear(nn.Module):
         if self.base is None:
             plan = cheapest_plan(tokens.shape[0], self.out_features, self.in_features, r_out, r_in, self.k if keeps else None)
         if keeps and plan.merge:
-            merged = self._kept_weight()
+            with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+                merged = self._kept_weight()
         core = self.core if torch.is_grad_enabled() else self.core.detach()
         y = SparseGradFunction.apply(tokens, self.residual, core, U, V, self.bias, self.k, plan, dtype, merged)
         y = y.reshape(*x.shape[:-1], self.out_features)

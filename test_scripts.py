@@ -302,6 +302,7 @@ def interrupt_at(step, monkeypatch):
 
 @pytest.mark.parametrize("method, extra", [("sparsegrad", ()), ("sparsegrad", ("--freeze",)), ("lora", ("--freeze",))])
 def test_ctrl_c_and_resume_come_to_the_same_as_no_interruption(glue, method, extra, monkeypatch):
+    """To the last bit; a SparseGrad layer's kept weight, which the run that resumes writes out anew, to rounding."""
     options = ("--task", "sst2", *extra, *short(method), "--epochs", "3")
     glue(*options, "--output-dir", "straight")
 
@@ -315,13 +316,16 @@ def test_ctrl_c_and_resume_come_to_the_same_as_no_interruption(glue, method, ext
     code, out, err = glue("--resume", "broken")
     assert code == 0, err
     assert "resuming from checkpoint-5" in out
+    tolerance = 1e-5 if method == "sparsegrad" else 0
     a, b = results("straight"), results("broken")
-    assert a["metrics"]["eval_loss"] == b["metrics"]["eval_loss"] and a["steps"] == b["steps"] == 9
+    assert a["metrics"]["eval_loss"] == pytest.approx(b["metrics"]["eval_loss"], rel=tolerance) and a["steps"] == b["steps"] == 9
     for key in ("trainable_parameters", "touched_entries"):
         assert a[key] == b[key]
     if method == "sparsegrad":
         a, b = (load_file(f"{folder}/sparsegrad.safetensors") for folder in ("straight", "broken"))
-        assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
 
 
 # ------------------------------------------------------------------------------- bad input
@@ -985,10 +989,10 @@ def test_talks_of_uneven_length_are_weighed_by_their_tokens(llama, llama_folder,
 def test_accumulated_gradients_are_cut_back_to_k(llama, monkeypatch):
     seen = []
 
-    def watched(self, group, p):
-        before = p.detach().clone()
-        sparse_step(self, group, p)
-        seen.append(((p != before).sum().item(), p.grad._nnz()))
+    def watched(self, group, params):
+        before = [p.detach().clone() for p in params]
+        sparse_step(self, group, params)
+        seen.extend(((p != b).sum().item(), p.grad._nnz()) for p, b in zip(params, before))
 
     sparse_step = sparsegrad.SparseGradAdamW._sparse_step
     monkeypatch.setattr(sparsegrad.SparseGradAdamW, "_sparse_step", watched)

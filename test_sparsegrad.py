@@ -709,6 +709,16 @@ def test_swapping_weights_through_data_for_an_evaluation_is_seen(monkeypatch):
     torch.testing.assert_close(layer(x), F.linear(x, written_out(layer), layer.bias), rtol=1e-4, atol=1e-4)
 
 
+def test_the_weight_that_a_layer_keeps_is_fp32_under_autocast(monkeypatch):
+    monkeypatch.setattr(sg, "cheapest_plan", lambda *sizes: WRITE_OUT)
+    layer = make_layer("complete", k=20, trained=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        steps(layer, 5, lr=1e-4)  # less than bf16 can tell from none
+        assert layer(torch.randn(6, IN)).dtype == torch.bfloat16
+    assert layer._kept[1].dtype == torch.float32
+    torch.testing.assert_close(layer._kept[1], layer.merged_weight(), rtol=1e-6, atol=1e-6)
+
+
 def test_training_with_the_kept_weight_is_training_without(monkeypatch):
     monkeypatch.setattr(sg, "cheapest_plan", lambda *sizes: WRITE_OUT)
     layer = make_layer("complete", k=20, trained=False)
