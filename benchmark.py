@@ -278,7 +278,12 @@ class Run:
     def saved_bytes(self, batch) -> int:
         """What autograd keeps from forward to backward that was not there before."""
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+        def pack(t: Tensor) -> Tensor:
+            saved.append(t.detach())  # t itself would hold the node that holds it, for ever
+            return saved[-1]
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = forward(self.model, batch, self.args)
         known = held(self.model)
         size = sum(size for address, size in storages(saved).items() if address not in known)
