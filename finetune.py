@@ -370,6 +370,7 @@ class SparseGradTrainer(transformers.Trainer):
         folder = pathlib.Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        # By way of state_dict, at which SparseGrad layers drop what they keep, so that a resumed run rounds alike.
         save_file({name: t for name, t in self.model.state_dict().items() if name in trained}, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

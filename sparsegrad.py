@@ -32,7 +32,6 @@ identity; with neither basis this is the paper's MeProp.
 """
 
 import collections
-import contextlib
 import copy
 import functools
 import itertools
@@ -152,6 +151,7 @@ class Basis(nn.Module):
 
     U `(in, r_in)`, V `(out, r_out)`: orthonormal columns by falling energy, or None for
     a side that is not rotated. A module, so that layers can share one and `.to()` moves it.
+    In memory each column lies in one piece; `state_dict` holds contiguous copies.
     """
 
     def __init__(self, U: Tensor | None = None, V: Tensor | None = None):
@@ -392,15 +392,12 @@ def _largest(sizes: Tensor, k: int) -> Tensor:
     if sizes.device.type == "cpu" and len(sizes) >= max(4 * k, SAMPLE**2):
         bound = sizes[::SAMPLE].topk(int(1.1 * k / SAMPLE) + 32, sorted=False).values.min().item()
         likely = (sizes < bound).logical_not_().nonzero().squeeze(1)  # so put, a NaN is among them
-        if len(likely) >= k:
-            likely_sizes = sizes[likely]
-            index = likely[likely_sizes >= likely_sizes.topk(k, sorted=False).values.min()]
-            if len(index) == k:
-                return index
-    return sizes.topk(k, sorted=False).indices.sort().values  # also for ties, NaN, or a sample that misled
+        if len(likely) >= k:  # else the sample misled
+            return likely[sizes[likely].topk(k, sorted=False).indices].sort().values
+    return sizes.topk(k, sorted=False).indices.sort().values
 
 
-SAMPLE = 61  # one entry in so many; prime, so that no pattern in the columns meets it
+SAMPLE = 61  # one entry in so many; prime, so that it seldom meets the same columns in every row
 
 
 def topk_energy(grad: Tensor, k: int) -> float:
@@ -419,7 +416,7 @@ class Plan(NamedTuple):
     tokens: bool  # dL/dC as (dY V)ᵀ (x U); else as Vᵀ (dYᵀ x) U
 
 
-SPARSE = 25  # dense multiply-adds in the time of one with a sparse factor, on the CPUs measured (results/benchmark)
+SPARSE = 25  # dense multiply-adds in the time of one with a sparse factor, on two CPU cores (results/benchmark)
 
 
 def cheapest_plan(tokens: int, out: int, in_: int, r_out: int | None, r_in: int | None, k: int | None = None) -> Plan:
@@ -432,8 +429,9 @@ def cheapest_plan(tokens: int, out: int, in_: int, r_out: int | None, r_in: int 
     r_out, r_in = r_out or 0, r_in or 0  # a product by the identity costs nothing
     rotate = tokens * (in_ * r_in + out * r_out)  # x U and dY V
     write = out * in_ + min(rows * r_in * in_ + out * r_out * in_, out * r_out * columns + out * r_in * in_)  # W + V C Uᵀ
-    if k is not None:  # one side by a sparse product, the wider one if there are two
-        write = min(SPARSE * k, rows * columns) * max(r_out, r_in, 1) + out * in_ * min(r_out, r_in)
+    if k is not None:  # as `_add_expanded` does it
+        side = (out if out >= in_ else in_) if r_out and r_in else out if r_out else in_ if r_in else 1
+        write = min(SPARSE * k, rows * columns) * side + out * in_ * (r_in if out >= in_ else r_out) * bool(r_out and r_in)
     elif not _keep(rows * columns, out * in_):
         write *= 2  # for the backward again
     reduce = min(r_out * out * in_ + rows * in_ * r_in, out * in_ * r_in + r_out * out * columns)  # Vᵀ G U
@@ -446,8 +444,8 @@ def cheapest_plan(tokens: int, out: int, in_: int, r_out: int | None, r_in: int 
 
 
 def _keep(core: int, weight: int) -> bool:
-    """Whether W + V C Uᵀ, once written out, is kept: for a small core that would cost more
-    memory than all else of it, and is soon done again."""
+    """Whether W + V C Uᵀ, once written out, is kept for the backward and, in training, for the next step. Not
+    for a small core: it would be the largest tensor of the layer, and writing it out again is cheap."""
     return 2 * core > weight
 
 
@@ -560,7 +558,12 @@ class SparseGradLinear(nn.Module):
 
     A quantised linear is kept as it is, as `base`, and `residual` is None: `base` multiplies
     by W, this layer adds what V C Uᵀ gives.
+
+    On a CPU, a layer with a large fp32 core that SparseGradAdamW trains holds one more tensor (out, in),
+    W + V C Uᵀ, from step to step; saving, copying or moving the layer drops it.
     """
+
+    _kept: tuple[list | None, Tensor | None] = (None, None)  # what W + V C Uᵀ was made from, and itself
 
     def __init__(self, linear: nn.Module, basis: Basis, k: int | None):
         super().__init__()
@@ -575,7 +578,6 @@ class SparseGradLinear(nn.Module):
         shape = _core_shape(basis, self.out_features, self.in_features)
         self.core = nn.Parameter(torch.zeros(shape, device=weight.device, dtype=_at_least_fp32(weight.dtype)))
         self.k = k
-        self._kept = None, None  # W + V C Uᵀ, and what it was made from
         self._plain = nn.Linear if self.base is not None else type(linear)
 
     @classmethod
@@ -632,7 +634,7 @@ class SparseGradLinear(nn.Module):
         if self.base is None:
             plan = cheapest_plan(tokens.shape[0], self.out_features, self.in_features, r_out, r_in, self.k if keeps else None)
         if keeps and plan.merge:
-            with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+            with torch.autocast("cpu", enabled=False):  # it is fp32, and there
                 merged = self._kept_weight()
         core = self.core if torch.is_grad_enabled() else self.core.detach()
         y = SparseGradFunction.apply(tokens, self.residual, core, U, V, self.bias, self.k, plan, dtype, merged)
@@ -642,30 +644,34 @@ class SparseGradLinear(nn.Module):
     # A step of SparseGradAdamW moves k entries of C, so W + V C Uᵀ need not be written out anew:
     # the layer keeps it while it trains, and adds what the optimizer says that it did. Any other
     # write to C, W or a basis shows in its address or version, and then all is written anew.
-    # (A write through `.data` has neither: write under no_grad.)
+    # (A write through `.data` has neither: write under no_grad.) With another optimizer, which
+    # may write so, it is written out anew each time.
     def _keeps_weight(self) -> bool:
         trains = torch.is_grad_enabled() and self.core.requires_grad and self.k is not None
         exact = self.base is None and self.residual.dtype == self.core.dtype  # small changes would vanish in bf16
-        return trains and exact and _keep(self.core.numel(), self.residual.numel())
+        # On CUDA the transposed ΔC would be sorted anew, and the host wait for it.
+        return trains and exact and self.core.is_cpu and _keep(self.core.numel(), self.residual.numel())
 
     @torch.no_grad()
     def _kept_weight(self) -> Tensor:
         U, V, core = self.basis.U, self.basis.V, self.core
         stamps = [(t.data_ptr(), t._version) for t in (core, self.residual, U, V) if t is not None]
         before, weight = self._kept
-        if before == stamps:
+        told = getattr(core, "last_step", None)  # None: of no step of SparseGradAdamW yet; (): the last is in the weight
+        if before == stamps and told is not None:
             return weight
-        old, new, index, change = getattr(core, "last_step", (None,) * 4)
+        old, new, index, change = told or (None,) * 4
         if before == [(core.data_ptr(), old), *stamps[1:]] and new == core._version:
-            change = torch.sparse_coo_tensor(index, change, core.shape, is_coalesced=True, check_invariants=False)
+            change = torch.sparse_coo_tensor(torch.stack(index), change, core.shape, is_coalesced=True, check_invariants=False)
             _add_expanded(weight, change, U, V)
         else:
             weight = _merge(self.residual, core, U, V, core.dtype)
         self._kept = stamps, weight
+        core.last_step = told and ()  # also asks the optimizer to tell
         return weight
 
     def _save_to_state_dict(self, *args):
-        self._kept = None, None  # so that who goes on from the file rounds as who wrote it
+        self._kept = None, None  # so that a run that goes on from the file rounds as the one that wrote it
         super()._save_to_state_dict(*args)
 
     def __getstate__(self):
@@ -846,11 +852,12 @@ class SparseGradAdamW(torch.optim.Optimizer):
         states = [self.state[p] for p in params]
         adamw(
             params,
-            [p.grad for p in params],
+            # CPU kernels that do all at once do not look at strides.
+            [p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad) for p in params],
             *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq")),
             max_exp_avg_sqs=[],
             state_steps=[s["step"] for s in states],
-            fused=all(p.is_cpu for p in params) or None,  # elsewhere torch's default, a few kernels for all
+            fused=all(p.is_cpu and p.is_contiguous() for p in params) or None,  # else torch's default, a few kernels for all
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -891,7 +898,8 @@ class SparseGradAdamW(torch.optim.Optimizer):
         for p, index, change in zip(params, indices, m):
             before = p._version
             p[index] = p[index] + change
-            p.last_step = before, p._version, torch.stack(index), change  # the layer's `_kept_weight` reads it
+            if hasattr(p, "last_step"):  # the layer's `_kept_weight` asks for it
+                p.last_step = before, p._version, index, change
 
 
 @torch.no_grad()

@@ -302,9 +302,16 @@ def interrupt_at(step, monkeypatch):
 
 @pytest.mark.parametrize("method, extra", [("sparsegrad", ()), ("sparsegrad", ("--freeze",)), ("lora", ("--freeze",))])
 def test_ctrl_c_and_resume_come_to_the_same_as_no_interruption(glue, method, extra, monkeypatch):
-    """To the last bit; a SparseGrad layer's kept weight, which the run that resumes writes out anew, to rounding."""
     options = ("--task", "sst2", *extra, *short(method), "--epochs", "3")
-    glue(*options, "--output-dir", "straight")
+    with monkeypatch.context() as patch:
+        step_end = finetune.Measure.on_step_end
+
+        def save(self, args, state, control, **kwargs):
+            step_end(self, args, state, control, **kwargs)
+            control.should_save |= state.global_step == 5
+
+        patch.setattr(finetune.Measure, "on_step_end", save)  # as the other does; writing rounds a kept weight anew
+        glue(*options, "--output-dir", "straight")
 
     with monkeypatch.context() as patch:
         interrupt_at(4, patch)
@@ -316,16 +323,13 @@ def test_ctrl_c_and_resume_come_to_the_same_as_no_interruption(glue, method, ext
     code, out, err = glue("--resume", "broken")
     assert code == 0, err
     assert "resuming from checkpoint-5" in out
-    tolerance = 1e-5 if method == "sparsegrad" else 0
     a, b = results("straight"), results("broken")
-    assert a["metrics"]["eval_loss"] == pytest.approx(b["metrics"]["eval_loss"], rel=tolerance) and a["steps"] == b["steps"] == 9
+    assert a["metrics"]["eval_loss"] == b["metrics"]["eval_loss"] and a["steps"] == b["steps"] == 9
     for key in ("trainable_parameters", "touched_entries"):
         assert a[key] == b[key]
     if method == "sparsegrad":
         a, b = (load_file(f"{folder}/sparsegrad.safetensors") for folder in ("straight", "broken"))
-        assert a.keys() == b.keys()
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
+        assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 # ------------------------------------------------------------------------------- bad input
