@@ -47,7 +47,7 @@ METHODS += ["sparsegrad:narrow", "sparsegrad", "literal"]
 CONFIGS = {
     "bert-base": transformers.BertConfig,
     "roberta-base": lambda: transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
-    "llama-2-7b": transformers.LlamaConfig,  # whose defaults are the 7B model's
+    "llama-2-7b": lambda: transformers.LlamaConfig(max_position_embeddings=4096),  # else the 7B model's by default
     "minilm": lambda: transformers.BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6),
 }
 SWEEP = {  # one setting varied at a time, from two blocks of MiniLM, 32 x 128 tokens, k = 1 %
@@ -134,6 +134,12 @@ class Method:
             None if self.narrow and wide_in else U[:, : self.rank],
             None if self.narrow and not wide_in else V[:, : self.rank],
         )
+
+    def core(self, out: int, in_: int) -> int:
+        """Entries of the core it puts on a weight (out, in)."""
+        if self.name != "sparsegrad" or not self.rank:
+            return out * in_
+        return self.rank * (max(out, in_) if self.narrow else self.rank)
 
 
 class LiteralFunction(torch.autograd.Function):
@@ -237,7 +243,8 @@ def held(model: nn.Module, optimizer=None) -> dict[int, int]:
     """Storages of what is there between two steps. Also what a SparseGrad layer keeps."""
     states = optimizer.state.values() if optimizer else ()
     kept = [layer._kept[1] for layer in sparsegrad.sparsegrad_layers(model).values() if layer._kept[1] is not None]
-    changes = [t for p in model.parameters() for t in getattr(p, "last_step", ()) if isinstance(t, Tensor)]
+    told = [getattr(p, "last_step", None) for p in model.parameters()]
+    changes = [t for step in told if step for t in (*step[2], step[3])]
     state = [t for s in states for t in s.values() if isinstance(t, Tensor)]
     return storages([*model.parameters(), *model.buffers(), *kept, *changes, *state])
 
@@ -293,7 +300,7 @@ class Run:
     def result(self, batch) -> dict:
         summary = sparsegrad.summary(self.model)
         uncounted = sum(m.core.numel() - m.k for m in self.model.modules() if isinstance(m, LiteralLinear))
-        quartiles = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
+        quartiles = statistics.quantiles(self.seconds, n=4, method="inclusive") if len(self.seconds) > 1 else self.seconds * 3
         before = sum(held(self.model, self.optimizer).values())
         return {
             "seconds": quartiles[1],
@@ -328,7 +335,7 @@ def search(base: nn.Module, names: list[str], batches: Iterator, args: argparse.
     peak = before + peak_of(lambda: found.append(find(steps[:2])), args.device)
     bases = found.pop() if len(steps) <= 2 else find(steps)
     took = [b - a for a, b in itertools.pairwise(moments)]
-    training = Run(Method("ft"), base, names, bases, args)
+    training = Run(Method("ft"), base, names, bases, argparse.Namespace(**vars(args) | {"rest": False}))
     for batch in steps[:1] + steps:
         training.time(batch)
     cost = {
@@ -341,15 +348,22 @@ def search(base: nn.Module, names: list[str], batches: Iterator, args: argparse.
     return bases, cost
 
 
+def check_fit(config: transformers.PretrainedConfig, args: argparse.Namespace) -> None:
+    """UserError if a method's rank or k is more than there is room for."""
+    model = make_model(config, argparse.Namespace(dtype=torch.float32, device="meta"))
+    for out, in_ in {sparsegrad.weight_shape(model.get_submodule(name)) for name in adapted(model)}:
+        for method in args.methods:
+            if method.name == "sparsegrad" and method.rank and method.rank > min(out, in_):
+                raise finetune.UserError(f"{method.text}: there is room for ranks of 1 to {min(out, in_)}")
+            if isinstance(method.k, int) and method.k > method.core(out, in_):
+                raise finetune.UserError(f"{method.text}: a core has {method.core(out, in_)} entries")
+
+
 def measure(config: transformers.PretrainedConfig, args: argparse.Namespace) -> dict:
     """One setting: the search for the bases, and every method."""
     torch.manual_seed(0)
     base = make_model(config, args)
     names = adapted(base)
-    shapes = {sparsegrad.weight_shape(base.get_submodule(name)) for name in names}
-    for method in args.methods:
-        if method.name == "sparsegrad" and method.rank and method.rank > min(map(min, shapes)):
-            raise finetune.UserError(f"{method.text}: there is room for ranks of 1 to {min(map(min, shapes))}")
     batches = make_batches(config, args)
     bases, cost = search(base, names, batches, args)
     runs = [Run(method, base, names, bases, args) for method in args.methods]
@@ -368,13 +382,19 @@ def sweep(args: argparse.Namespace) -> list[dict]:
             gc.collect()  # the models before
             config = make_config("minilm", 2)
             here = argparse.Namespace(**vars(args) | dict(batch=32, seq=128, basis_steps=1, k=0.01))
-            here.methods = [Method(text.format(value)) for text in methods]
+            texts = [text.format(value) for text in methods]
+            here.methods = [Method(text) for text in texts]
             if axis == "tokens":
                 here.batch = value // here.seq
             elif axis == "width":
                 config.hidden_size, config.intermediate_size, config.num_attention_heads = value, 4 * value, value // 32
-            for text, result in zip(methods, measure(config, here)["methods"].values()):
-                points.append({"axis": axis, "value": value, "method": text, **result})
+            weight = 4 * config.hidden_size**2
+            if axis == "k":  # no points beyond a core, where k counts for nothing
+                here.methods = [m for m in here.methods if m.k * weight <= m.core(4 * config.hidden_size, config.hidden_size)]
+            results = measure(config, here)["methods"]
+            for method, text in zip(methods, texts):
+                if text in results:
+                    points.append({"axis": axis, "value": value, "method": method, **results[text]})
     return points
 
 
@@ -385,7 +405,8 @@ def table(run: dict) -> str:
     """A Markdown table of one measured setting."""
     methods, options = run["methods"], run["options"]
     seconds = {name: m["seconds"] for name, m in methods.items()}
-    peers = {name.split(":")[0]: s for name, s in reversed(seconds.items()) if name.split(":")[0] in ("lora", "ft", "frozen")}
+    floor = () if options["rest"] else ("frozen",)  # it has no gradients before the first MLP
+    peers = {name.split(":")[0]: s for name, s in reversed(seconds.items()) if name.split(":")[0] in ("lora", "ft", *floor)}
     lines = [
         f"{options['arch']}, {options['layers']} blocks, {options['batch']} x {options['seq']} tokens, {options['dtype']}, "
         f"{'the rest trains too' if options['rest'] else 'the rest frozen'}, {run['machine']['gpu'] or run['machine']['cpu']}, "
@@ -411,6 +432,17 @@ def table(run: dict) -> str:
             f"many steps {cost['training_seconds']:.1f} s.",
         ]
     return "\n".join(lines)
+
+
+def read(path: pathlib.Path, key: str) -> dict:
+    """A file that this script wrote; UserError if it is another."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        run[key]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        wrote = "--json" if key == "methods" else "--sweep"
+        raise finetune.UserError(f"{path} is not what {wrote} writes ({type(error).__name__}: {error})") from None
+    return run
 
 
 def figure(points: list[dict], path: pathlib.Path) -> None:
@@ -471,13 +503,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--sweep", type=pathlib.Path, metavar="FILE", help="measure cost against tokens, width, k and rank, and write it")
     add("--figure", type=pathlib.Path, nargs=2, metavar=("FILE", "PNG"), help="measure nothing, draw what --sweep wrote")
     args = parser.parse_args(arguments)
-    for option in ("json", "sweep"):
-        if path := getattr(args, option):
-            finetune.check_writable(f"--{option}", path.parent)
-    for path in [*(args.table or ()), *(args.figure or ())[:1]]:
-        if not path.is_file():
-            raise finetune.UserError(f"{path} is not there: --json or --sweep writes such a file")
-    limit = CONFIGS[args.arch]().max_position_embeddings - 2
+    for option, path in (("--json", args.json), ("--sweep", args.sweep), ("--figure", (args.figure or (None, None))[1])):
+        if path:
+            finetune.check_writable(option, path.parent)
+            if path.is_dir():
+                raise finetune.UserError(f"{option} {path}: that is a folder, not a file")
+    texts = [method.text for method in args.methods]
+    if len(set(texts)) < len(texts):
+        raise finetune.UserError(f"--methods {' '.join(texts)}: one is named twice")
+    if args.sweep:
+        for name in ("arch", "layers", "methods", "batch", "seq", "k", "basis_steps", "json"):
+            if getattr(args, name) != parser.get_default(name):
+                raise finetune.UserError(f"--{name.replace('_', '-')} is of no use to --sweep, which varies sizes of its own")
+    limit = CONFIGS[args.arch]().max_position_embeddings - 2 * (args.arch == "roberta-base")  # it counts from 2
     if args.seq > limit:
         raise finetune.UserError(f"--seq {args.seq}: {args.arch} takes rows of up to {limit} tokens here")
     return args
@@ -486,10 +524,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.table:
-        print("\n\n".join(table(json.loads(path.read_text(encoding="utf-8"))) for path in args.table))
+        print("\n\n".join(table(read(path, "methods")) for path in args.table))
         return
     if args.figure:
-        figure(json.loads(args.figure[0].read_text(encoding="utf-8"))["points"], args.figure[1])
+        figure(read(args.figure[0], "points")["points"], args.figure[1])
         return
     if not args.return_memory:
         keep_freed_memory()
@@ -499,12 +537,14 @@ def main() -> None:
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     if args.sweep:
-        finetune.write_json(args.sweep, {"points": sweep(args), **finetune.provenance()})
+        used = {name: options[name] for name in ("dtype", "rest", "repeats", "warmup", "return_memory")}
+        finetune.write_json(args.sweep, {"options": used, "points": sweep(args), **finetune.provenance()})
         return
+    check_fit(config, args)
     run = {"options": options, **measure(config, args), **finetune.provenance()}
+    print(table(run))
     if args.json:
         finetune.write_json(args.json, run)
-    print(table(run))
 
 
 if __name__ == "__main__":
