@@ -457,13 +457,13 @@ def figure(points: list[dict], path: pathlib.Path) -> None:
         "ft": ("full", "#000000", "-", "o"),
         "lora": ("LoRA", "#d95f02", "--", "s"),
         "meprop": ("MeProp", "#7570b3", "-.", "v"),
-        "sparsegrad:narrow": ("SparseGrad, narrow side, rank 32", "#1b9e77", "-", "^"),
-        "sparsegrad:rank": ("SparseGrad, both sides, rank", "#66a61e", "-.", "D"),
+        "sparsegrad:narrow": ("SparseGrad, narrow side, rank 32 (or as below)", "#1b9e77", "-", "^"),
+        "sparsegrad:rank": ("SparseGrad, both sides, rank as below", "#66a61e", "-.", "D"),
         "sparsegrad": ("SparseGrad, complete bases", "#1f77b4", "-", "P"),
     }
     drawn, axes = plt.subplots(2, len(SWEEP), figsize=(3.2 * len(SWEEP), 5.6), layout="constrained", sharey="row")
     seen = {}
-    for column, (axis, (_, methods)) in zip(axes.T, SWEEP.items()):
+    for column, (axis, (values, methods)) in zip(axes.T, SWEEP.items()):
         for text in methods:
             style = text.replace(":rank={}", "" if ":narrow" in text or "lora" in text else ":rank")
             label, color, line, marker = styles[style.replace(":k={}", "").replace(":rank=32", "")]
@@ -472,6 +472,8 @@ def figure(points: list[dict], path: pathlib.Path) -> None:
                 xs, ys = [p["value"] for p in chosen], [scale * p[key] for p in chosen]
                 seen[label] = ax.plot(xs, ys, color=color, linestyle=line, marker=marker, markersize=4)[0]
                 ax.set(xscale="log", yscale="log", xlabel=axis)
+                ax.set_xticks(values, [f"{v:g}" for v in values], rotation=30)
+                ax.set_xticks([], minor=True)
                 ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("ms a step")
     axes[1, 0].set_ylabel("peak MiB")

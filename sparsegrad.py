@@ -537,8 +537,7 @@ class SparseGradFunction(torch.autograd.Function):
                 # then (T, r_in) @ (r_in, in)
                 dx = left @ right if residual is None else (dy @ residual.to(dtype)).addmm_(left, right)
         if ctx.needs_input_grad[2]:
-            tall = core.shape[0] > 4 * core.shape[1]  # BLAS is up to twice as fast with the long side last
-            d_core = (rotated.T @ dyv).T if tall else dyv.T @ rotated  # (r_out, T) @ (T, r_in), or G (out, T) @ (T, in)
+            d_core = dyv.T @ rotated  # (r_out, T) @ (T, r_in), or G (out, T) @ (T, in)
             if not ctx.plan.tokens:
                 d_core = _expand(d_core, None if U is None else U.T, None if V is None else V.T)
             d_core = d_core.to(core.dtype)
