@@ -25,6 +25,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import benchmark
 import finetune
 import glue_run
 import llama_run
@@ -1339,3 +1340,128 @@ def test_bad_mt_bench_questions_are_named(tmp_path, row, message):
     path = write_lines(tmp_path / "q.jsonl", [row] if row else [])
     with pytest.raises(finetune.UserError, match=message):
         llama_run.read_questions(path)
+
+
+# ------------------------------------------------------------------------------ benchmark
+
+SMALL = ["--arch", "minilm", "--layers", "1", "--batch", "2", "--seq", "16"]
+SMALL += ["--repeats", "2", "--warmup", "1", "--basis-steps", "1"]
+EVERY = ["frozen", "ft", "lora", "shira", "meprop", "sparsegrad:narrow:rank=8:k=all", "sparsegrad:rank=8", "sparsegrad", "literal"]
+
+
+@pytest.fixture
+def run_benchmark(monkeypatch, capsys):
+    def call(*options):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, options)])
+        code = 0
+        try:
+            finetune.run(benchmark.main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_benchmark_counts_what_each_method_trains_saves_and_holds(run_benchmark, tmp_path):
+    path = tmp_path / "run.json"
+    code, printed, _ = run_benchmark(*SMALL, "--return-memory", "--methods", *EVERY, "--json", path)
+    assert code == 0
+    run = json.loads(path.read_text())
+    assert list(run["methods"]) == EVERY and run["linears"] == 2 and run["options"]["layers"] == 1
+    head, weight, sides = 2 * 384 + 2, 384 * 1536, 384 + 1536
+    k = round(0.01 * weight)
+    trainable = {name: m["trainable"] - head for name, m in run["methods"].items()}
+    assert trainable.pop("frozen") == -head
+    dense = dict.fromkeys(("ft", "meprop", "sparsegrad", "literal"), 2 * weight)
+    cut = {"sparsegrad:narrow:rank=8:k=all": 2 * 8 * 1536, "sparsegrad:rank=8": 2 * 64}
+    assert trainable == dense | cut | dict.fromkeys(("lora", "shira"), 2 * 3 * sides)
+    touched = {name: m["touched"] - head for name, m in run["methods"].items()}
+    assert touched["meprop"] == touched["sparsegrad"] == touched["literal"] == 2 * k
+    assert touched["sparsegrad:rank=8"] == 2 * 64 and touched["lora"] == 2 * 3 * sides
+    saved = {name: m["saved_bytes"] for name, m in run["methods"].items()}
+    assert saved["lora"] - saved["frozen"] >= 4 * 32 * sides > saved["sparsegrad:rank=8"] - saved["frozen"] >= 4 * 32 * 2 * 8
+    state = {name: m["optimizer_bytes"] for name, m in run["methods"].items()}
+    assert state["frozen"] == 0 and 0 <= state["ft"] - 8 * (2 * weight + head) < 100
+    peak = {name: m["peak_bytes"] for name, m in run["methods"].items()}
+    assert peak["frozen"] < peak["sparsegrad:rank=8"] < peak["sparsegrad"]
+    assert all(m["steps"] == 2 and 0 < m["quartiles"][0] <= m["seconds"] <= m["quartiles"][1] for m in run["methods"].values())
+    assert run["search"]["steps"] == 1 and run["search"]["collecting_seconds"] > 0 and run["search"]["peak_bytes"] > 4 * weight
+    code, again, _ = run_benchmark("--table", path)
+    assert code == 0 and again.strip() in printed and "| `sparsegrad` |" in again
+
+
+def test_the_benchmarks_literal_form_is_table_2():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(12, 20)
+    basis = sparsegrad.Basis(*(torch.linalg.qr(torch.randn(n, n)).Q for n in (12, 20)))
+    layer = benchmark.LiteralLinear(linear, basis, 9)
+    ours = sparsegrad.SparseGradLinear.from_linear(linear, basis, 9)
+    grads = []
+    for each in (layer, ours):
+        x = torch.linspace(-1, 1, 72).view(2, 3, 12).requires_grad_()
+        y = each(x)
+        y.square().sum().backward()
+        grads.append((y.detach(), x.grad, each.core.grad.to_dense()))
+    for literal, other in zip(*grads):
+        torch.testing.assert_close(literal, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_benchmark_counts_peaks():
+    assert benchmark.peak_of(lambda: [torch.empty(10**6), torch.empty(10**6)], "cpu") == 8 * 10**6
+    assert benchmark.peak_of(lambda: [torch.empty(10**6).sum() for _ in range(3)], "cpu") < 5 * 10**6
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--methods", "dora"], "'dora' is none of frozen, ft"),
+        (["--methods", "lora:narrow"], "lora has no option 'narrow'"),
+        (["--methods", "sparsegrad:rank=385"], "room for ranks of 1 to 384"),
+        (["--seq", "600"], "rows of up to 512 tokens"),
+        (["--arch", "roberta-base", "--layers", "1", "--seq", "513"], "rows of up to 512 tokens"),
+        (["--methods", "sparsegrad:rank=8:k=65"], "a core has 64 entries"),
+        (["--methods", "lora", "lora"], "one is named twice"),
+        (["--json", "."], "that is a folder"),
+        (["--sweep", "sweep.json"], "--arch is of no use to --sweep"),
+        (["--table", "other.json"], "is not what --json writes"),
+        (["--figure", "other.json", "x.png"], "is not what --sweep writes"),
+        (["--layers", "7"], "minilm has 6"),
+        (["--json", "nowhere/x/run.json"], None),
+        (["--table", "nothing.json"], "nothing.json is not what --json writes"),
+    ],
+)
+def test_the_benchmark_refuses_what_it_cannot_do(run_benchmark, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "search", None)  # nothing is done before
+    (tmp_path / "other.json").write_text("{}")
+    if message is None:
+        (tmp_path / "nowhere").write_text("a file")
+        message = "not a folder that can be written to"
+    code, _, error = run_benchmark(*SMALL, *options)
+    assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_the_benchmarks_figure_is_drawn(run_benchmark, tmp_path):
+    point = {"seconds": 0.1, "peak_bytes": 2**20}
+    points = [
+        {"axis": axis, "value": value, "method": text, **point}
+        for axis, (values, texts) in benchmark.SWEEP.items()
+        for value, text in itertools.product(values, texts)
+    ]
+    (tmp_path / "sweep.json").write_text(json.dumps({"points": points}))
+    code, _, _ = run_benchmark("--figure", tmp_path / "sweep.json", tmp_path / "sweep.png")
+    assert code == 0 and (tmp_path / "sweep.png").stat().st_size > 10**4
+
+
+def test_the_tables_are_those_of_the_stored_runs():
+    """README's and those in results/benchmark are what `--table` prints."""
+    runs = [path for path in sorted((HERE / "results" / "benchmark").glob("*.json")) if path.stem != "sweep"]
+    told = (HERE / "results" / "benchmark" / "README.md").read_text(encoding="utf-8")
+    assert len(runs) > 5
+    for path in runs:
+        assert benchmark.table(json.loads(path.read_text(encoding="utf-8"))) in told, path.name
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    for name in ("bert-base", "llama-2-7b"):
+        rows = benchmark.table(json.loads((HERE / "results" / "benchmark" / f"{name}.json").read_text(encoding="utf-8")))
+        assert rows.split("\n\n")[1] in readme, name
