@@ -353,7 +353,7 @@ def check_fit(config: transformers.PretrainedConfig, args: argparse.Namespace) -
     model = make_model(config, argparse.Namespace(dtype=torch.float32, device="meta"))
     for out, in_ in {sparsegrad.weight_shape(model.get_submodule(name)) for name in adapted(model)}:
         for method in args.methods:
-            if method.name == "sparsegrad" and method.rank and method.rank > min(out, in_):
+            if method.rank and method.rank > min(out, in_):
                 raise finetune.UserError(f"{method.text}: there is room for ranks of 1 to {min(out, in_)}")
             if isinstance(method.k, int) and method.k > method.core(out, in_):
                 raise finetune.UserError(f"{method.text}: a core has {method.core(out, in_)} entries")

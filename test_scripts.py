@@ -1418,6 +1418,7 @@ def test_the_benchmark_counts_peaks():
         (["--methods", "dora"], "'dora' is none of frozen, ft"),
         (["--methods", "lora:narrow"], "lora has no option 'narrow'"),
         (["--methods", "sparsegrad:rank=385"], "room for ranks of 1 to 384"),
+        (["--methods", "lora:rank=385"], "room for ranks of 1 to 384"),
         (["--seq", "600"], "rows of up to 512 tokens"),
         (["--arch", "roberta-base", "--layers", "1", "--seq", "513"], "rows of up to 512 tokens"),
         (["--methods", "sparsegrad:rank=8:k=65"], "a core has 64 entries"),
