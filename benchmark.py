@@ -64,7 +64,7 @@ def make_config(arch: str, layers: int | None) -> transformers.PretrainedConfig:
     """The real architecture; `layers` blocks of it, or all."""
     config = CONFIGS[arch]()
     if layers is not None and layers > config.num_hidden_layers:
-        raise finetune.UserError(f"--layers {layers}: {arch} has {config.num_hidden_layers}")
+        raise finetune.UserError(f"--layers {layers}: {arch} has {config.num_hidden_layers} blocks")
     config.num_hidden_layers = layers or config.num_hidden_layers
     config.use_cache = False
     return config
@@ -438,7 +438,10 @@ def read(path: pathlib.Path, key: str) -> dict:
     """A file that this script wrote; UserError if it is another."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        run[key]
+        if not run[key]:
+            raise ValueError(f"no {key} in it")
+    except FileNotFoundError:
+        raise finetune.UserError(f"{path} is not there") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         wrote = "--json" if key == "methods" else "--sweep"
         raise finetune.UserError(f"{path} is not what {wrote} writes ({type(error).__name__}: {error})") from None
@@ -500,6 +503,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--basis-steps", type=finetune.number(int, 1), default=30)
     add("--basis-lr", type=finetune.number(float, 0.0), default=5e-5)
     add("--return-memory", action="store_true", help="leave the C library's allocator as it is: noisier, and slower for all")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--json", type=pathlib.Path, help="write what was measured")
     add("--table", type=pathlib.Path, nargs="+", metavar="FILE", help="measure nothing, print the tables of such files")
     add("--sweep", type=pathlib.Path, metavar="FILE", help="measure cost against tokens, width, k and rank, and write it")
@@ -514,7 +518,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if len(set(texts)) < len(texts):
         raise finetune.UserError(f"--methods {' '.join(texts)}: one is named twice")
     if args.sweep:
-        for name in ("arch", "layers", "methods", "batch", "seq", "k", "basis_steps", "json"):
+        for name in ("arch", "layers", "methods", "batch", "seq", "k", "basis_steps"):
             if getattr(args, name) != parser.get_default(name):
                 raise finetune.UserError(f"--{name.replace('_', '-')} is of no use to --sweep, which varies sizes of its own")
     limit = CONFIGS[args.arch]().max_position_embeddings - 2 * (args.arch == "roberta-base")  # it counts from 2
