@@ -382,19 +382,18 @@ def sweep(args: argparse.Namespace) -> list[dict]:
             gc.collect()  # the models before
             config = make_config("minilm", 2)
             here = argparse.Namespace(**vars(args) | dict(batch=32, seq=128, basis_steps=1, k=0.01))
-            texts = [text.format(value) for text in methods]
-            here.methods = [Method(text) for text in texts]
+            chosen = {text: Method(text.format(value)) for text in methods}
             if axis == "tokens":
                 here.batch = value // here.seq
             elif axis == "width":
                 config.hidden_size, config.intermediate_size, config.num_attention_heads = value, 4 * value, value // 32
-            weight = 4 * config.hidden_size**2
-            if axis == "k":  # no points beyond a core, where k counts for nothing
-                here.methods = [m for m in here.methods if m.k * weight <= m.core(4 * config.hidden_size, config.hidden_size)]
+            elif axis == "k":  # no points beyond a core, where k counts for nothing
+                out, in_ = config.intermediate_size, config.hidden_size
+                chosen = {text: method for text, method in chosen.items() if method.k * out * in_ <= method.core(out, in_)}
+            here.methods = list(chosen.values())
             results = measure(config, here)["methods"]
-            for method, text in zip(methods, texts):
-                if text in results:
-                    points.append({"axis": axis, "value": value, "method": method, **results[text]})
+            for text, method in chosen.items():
+                points.append({"axis": axis, "value": value, "method": text, **results[method.text]})
     return points
 
 
@@ -405,8 +404,9 @@ def table(run: dict) -> str:
     """A Markdown table of one measured setting."""
     methods, options = run["methods"], run["options"]
     seconds = {name: m["seconds"] for name, m in methods.items()}
-    floor = () if options["rest"] else ("frozen",)  # it has no gradients before the first MLP
-    peers = {name.split(":")[0]: s for name, s in reversed(seconds.items()) if name.split(":")[0] in ("lora", "ft", *floor)}
+    peers = {name.split(":")[0]: s for name, s in reversed(seconds.items())}
+    if options["rest"]:
+        peers.pop("frozen", None)  # it has no gradients before the first MLP, and is no floor
     lines = [
         f"{options['arch']}, {options['layers']} blocks, {options['batch']} x {options['seq']} tokens, {options['dtype']}, "
         f"{'the rest trains too' if options['rest'] else 'the rest frozen'}, {run['machine']['gpu'] or run['machine']['cpu']}, "

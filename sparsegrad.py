@@ -430,8 +430,11 @@ def cheapest_plan(tokens: int, out: int, in_: int, r_out: int | None, r_in: int 
     rotate = tokens * (in_ * r_in + out * r_out)  # x U and dY V
     write = out * in_ + min(rows * r_in * in_ + out * r_out * in_, out * r_out * columns + out * r_in * in_)  # W + V C Uᵀ
     if k is not None:  # as `_add_expanded` does it
-        side = (out if out >= in_ else in_) if r_out and r_in else out if r_out else in_ if r_in else 1
-        write = min(SPARSE * k, rows * columns) * side + out * in_ * (r_in if out >= in_ else r_out) * bool(r_out and r_in)
+        if r_out and r_in:
+            by_sparse, by_dense = (out, r_in) if out >= in_ else (in_, r_out)
+        else:
+            by_sparse, by_dense = out if r_out else in_ if r_in else 1, 0
+        write = min(SPARSE * k, rows * columns) * by_sparse + out * in_ * by_dense
     elif not _keep(rows * columns, out * in_):
         write *= 2  # for the backward again
     reduce = min(r_out * out * in_ + rows * in_ * r_in, out * in_ * r_in + r_out * out * columns)  # Vᵀ G U

@@ -1,6 +1,7 @@
 """Runs the scripts as a user does, on a tiny random model, and once on the stand-in's real one."""
 
 import argparse
+import functools
 import gzip
 import importlib.util
 import itertools
@@ -1350,17 +1351,8 @@ EVERY = ["frozen", "ft", "lora", "shira", "meprop", "sparsegrad:narrow:rank=8:k=
 
 
 @pytest.fixture
-def run_benchmark(monkeypatch, capsys):
-    def call(*options):
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, options)])
-        code = 0
-        try:
-            finetune.run(benchmark.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
+def run_benchmark(run_script):
+    return functools.partial(run_script, benchmark, None, None)
 
 
 def test_the_benchmark_counts_what_each_method_trains_saves_and_holds(run_benchmark, tmp_path):
@@ -1434,7 +1426,6 @@ def test_the_benchmark_counts_peaks():
     ],
 )
 def test_the_benchmark_refuses_what_it_cannot_do(run_benchmark, options, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark, "search", None)  # nothing is done before
     (tmp_path / "other.json").write_text("{}")
     if message is None:
