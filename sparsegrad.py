@@ -301,6 +301,7 @@ def find_bases(
     share: str = "role",
     sides: str = "both",
     rank: int | None = None,
+    sketch: int | None = None,
     **options,
 ) -> dict[str, Basis]:
     """Name of layer -> Basis: the HOSVD of §3.1, streamed.
@@ -318,6 +319,8 @@ def find_bases(
     share: "role", one basis for all blocks' layers of a role, as in the paper; "layer", one each.
     sides: "both"; "narrow", only the shorter side of each weight (the input side of a square one).
     rank: columns to keep a side; None, all of them (complete bases, as in the paper).
+    sketch: columns of a random projection of each gradient, `Σ (G Ω) (G Ω)ᵀ` for `Σ G Gᵀ`: less work
+        for wide layers, and right on average only. Seeded. None: exact.
     loss_fn: `loss_fn(model, batch)`; default, `.loss` of `model(**batch)`.
     callback: called as `callback(step, loss)` after each step, for a progress bar or log.
 
@@ -331,8 +334,11 @@ def find_bases(
     for name, shape in shapes.items():
         if rank is not None and not 1 <= rank <= min(shape):
             raise ValueError(f"rank is {rank}, but {name} {shape} has room for 1 to {min(shape)} columns a side")
+    if sketch is not None and not (isinstance(sketch, int) and sketch >= 1):
+        raise ValueError(f"sketch is {sketch}: it is a count of columns, an int of 1 or more")
     groups = {name: (_role(name), shapes[name]) if share == "role" else name for name in linears}
     grams: dict[object, list[Tensor | None]] = {}
+    generator = torch.Generator().manual_seed(0)
 
     def visit(name: str, grad: Tensor) -> None:
         out, in_ = grad.shape
@@ -341,6 +347,8 @@ def find_bases(
             grams[groups[name]] = [grad.new_zeros(d, d) if on else None for d, on in zip((in_, out), rotated)]
         for gram, rows in zip(grams[groups[name]], (grad.T, grad)):
             if gram is not None:
+                if sketch is not None and sketch < rows.shape[1]:  # Ω (p, sketch), with E[Ω Ωᵀ] = I
+                    rows = rows @ torch.randn(rows.shape[1], sketch, generator=generator).div_(math.sqrt(sketch)).to(rows)
                 _add_gram(gram, rows)
 
     _back_propagate(model, linears, batches, visit, **options)
@@ -352,7 +360,7 @@ def find_bases(
     return {name: bases[groups[name]] for name in linears}
 
 
-def _add_gram(gram: Tensor, rows: Tensor, block: int = 512) -> None:
+def _add_gram(gram: Tensor, rows: Tensor, block: int = 256) -> None:
     """`gram += rows rowsᵀ` (n, n), in blocks on and below the diagonal: all that `eigh` reads."""
     for start in range(0, len(rows), block):
         end = start + block

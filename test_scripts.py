@@ -1378,7 +1378,8 @@ def test_the_benchmark_counts_what_each_method_trains_saves_and_holds(run_benchm
     peak = {name: m["peak_bytes"] for name, m in run["methods"].items()}
     assert peak["frozen"] < peak["sparsegrad:rank=8"] < peak["sparsegrad"]
     assert all(m["steps"] == 2 and 0 < m["quartiles"][0] <= m["seconds"] <= m["quartiles"][1] for m in run["methods"].values())
-    assert run["search"]["steps"] == 1 and run["search"]["collecting_seconds"] > 0 and run["search"]["peak_bytes"] > 4 * weight
+    assert run["search"]["steps"] == 1 and run["search"]["seconds"]["complete, exact"]["collecting"] > 0
+    assert run["search"]["peak_bytes"] > 4 * weight
     code, again, _ = run_benchmark("--table", path)
     assert code == 0 and again.strip() in printed and "| `sparsegrad` |" in again
 
@@ -1417,6 +1418,7 @@ def test_the_benchmark_counts_peaks():
         (["--methods", "lora", "lora"], "one is named twice"),
         (["--json", "."], "that is a folder"),
         (["--sweep", "sweep.json"], "--arch is of no use to --sweep"),
+        (["--goals", "other.json"], "is not what --json writes"),
         (["--table", "other.json"], "is not what --json writes"),
         (["--json", "x.json", "--table", "other.json"], "not allowed with"),
         (["--figure", "other.json", "x.png"], "is not what --sweep writes"),
@@ -1447,13 +1449,31 @@ def test_the_benchmarks_figure_is_drawn(run_benchmark, tmp_path):
     assert code == 0 and (tmp_path / "sweep.png").stat().st_size > 10**4
 
 
+def test_a_sweep_takes_no_sizes_even_the_default_ones(run_benchmark, tmp_path):
+    code, _, error = run_benchmark("--sweep", tmp_path / "sweep.json", "--batch", "32")
+    assert code == 2 and "--batch is of no use to --sweep" in error
+
+
+def test_the_benchmark_times_every_search(run_benchmark, tmp_path):
+    path = tmp_path / "run.json"
+    code, printed, _ = run_benchmark(*SMALL, "--methods", "frozen", "--basis-steps", "3", "--repeats", "1", "--json", path)
+    cost = json.loads(path.read_text())["search"]
+    assert code == 0 and list(cost["seconds"]) == list(benchmark.SEARCHES) and cost["training"] > 0
+    for label, seconds in cost["seconds"].items():
+        beyond = seconds["collecting"] + seconds["decomposing"] - cost["training"]
+        assert f"| {label} | {seconds['collecting']:.1f} | {seconds['decomposing']:.1f} | {beyond:.1f} |" in printed
+
+
 def test_the_tables_are_those_of_the_stored_runs():
-    """README's and those in results/benchmark are what `--table` prints."""
+    """README's and those in results/benchmark are what `--table` and `--goals` print."""
     runs = [path for path in sorted((HERE / "results" / "benchmark").glob("*.json")) if path.stem != "sweep"]
     told = (HERE / "results" / "benchmark" / "README.md").read_text(encoding="utf-8")
     assert len(runs) > 5
     for path in runs:
-        assert benchmark.table(json.loads(path.read_text(encoding="utf-8"))) in told, path.name
+        run = json.loads(path.read_text(encoding="utf-8"))
+        assert benchmark.table(run) in told, path.name
+        row = benchmark.goals([run]).splitlines()[2]
+        assert row in told or benchmark.FAST not in run["methods"] and benchmark.CUT not in run["methods"], path.name
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     for name in ("bert-base", "llama-2-7b"):
         rows = benchmark.table(json.loads((HERE / "results" / "benchmark" / f"{name}.json").read_text(encoding="utf-8")))

@@ -134,6 +134,23 @@ def test_streamed_bases_are_those_of_the_stacked_hosvd(share):
                 assert cosines.min() > 1 - 1e-6
 
 
+def test_a_sketch_is_near_the_exact_bases_and_seeded():
+    model, batches = tiny_bert(), tiny_batches(12, size=16)
+    exact = sg.find_bases(model, batches, share="layer")
+    before = torch.get_rng_state()
+    sketched = sg.find_bases(model, batches, share="layer", sketch=8)
+    again = sg.find_bases(model, batches, share="layer", sketch=8)
+    whole = sg.find_bases(model, batches, share="layer", sketch=64)  # no narrower than the gradients: exact
+    assert torch.equal(before, torch.get_rng_state())
+    stacks = sg.collect_gradients(model, batches)
+    for name, basis in exact.items():
+        assert torch.equal(sketched[name].U, again[name].U) and torch.equal(whole[name].V, basis.V)
+        assert not torch.equal(sketched[name].V, basis.V)
+        for side, wide in (("U", stacks[name].flatten(0, 1)), ("V", stacks[name].transpose(1, 2).flatten(0, 1))):
+            leading = [(wide @ getattr(b, side)[:, :4]).norm() / wide.norm() for b in (basis, sketched[name])]
+            assert leading[0] >= leading[1] > 0.97 * leading[0]
+
+
 def test_few_gradients_still_give_complete_orthonormal_bases():
     for basis in sg.find_bases(tiny_bert(), tiny_batches(1, size=1), n_steps=1).values():
         for vectors in (basis.U, basis.V):
@@ -251,6 +268,8 @@ def test_lr_0_collects_in_place():
         (dict(sides="wide"), "'narrow'"),
         (dict(rank=0), "room for 1 to 32"),
         (dict(rank=33), "room for 1 to 32"),
+        (dict(sketch=0), "sketch is 0"),
+        (dict(sketch=0.5), "sketch is 0.5"),
         (dict(batches=[]), "no batches"),
         (dict(batches=[dict(input_ids=torch.ones(1, 3, dtype=torch.long))]), "no loss"),
         (dict(target_modules=["nothing"]), r"bert\.encoder\.layer\.\*\.intermediate\.dense"),
