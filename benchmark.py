@@ -452,7 +452,7 @@ def setting(run: dict) -> str:
 def goals(runs: list[dict]) -> str:
     """A Markdown table of the ratios that the project set itself goals for, a row a setting."""
     lines = [
-        "| | rank 8, all: steps/s, LoRA = 1 | peak, LoRA = 1 | time, frozen = 1 | rank 32, 1 %: steps/s | peak | time "
+        "| | rank 8, all: steps/s, LoRA = 1 | peak, LoRA = 1 | time, frozen = 1 | rank 32, 1 %: steps/s | peak | time, frozen = 1 "
         "| complete: steps/s, full = 1 |",
         "|---|---|---|---|---|---|---|---|",
     ]
