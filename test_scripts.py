@@ -27,6 +27,7 @@ import transformers
 from safetensors.torch import load_file
 
 import benchmark
+import experiments
 import finetune
 import glue_run
 import llama_run
@@ -206,10 +207,30 @@ def test_options_reach_the_method(glue):
     adapter = load_file("out/sparsegrad.safetensors")
     bases = {n: t for n, t in adapter.items() if "basis" in n}
     assert len(bases) == 4 and all(t.shape == (32, 6) for t in bases.values())
+    glue(
+        "--task", "sst2", *SHORT, "--share", "layer", "--sides", "narrow", "--rank", "6", "--sketch", "4", "--output-dir", "sketch"
+    )
+    sketched = load_file("sketch/sparsegrad.safetensors")
+    assert not any(torch.equal(sketched[name], basis) for name, basis in bases.items())
     glue("--task", "sst2", *short("ft"), "--method", "lora", "--rank", "5", "--max-train-samples", "16", "--output-dir", "lora")
     assert results("lora")["lora_rank"] == 5 and results("lora")["used"]["train_rows"] == 16
     glue("--task", "sst2", *SHORT, "--max-steps", "2", "--bf16", "--output-dir", "bf16")
     assert results("bf16")["steps"] == 2
+
+
+def test_rows_held_out_of_the_training_set_take_the_dev_sets_place(glue, data_folder):
+    code, out, _ = glue("--task", "mrpc", *SHORT, "--held-out", "8", "--max-train-samples", "12", "--output-dir", "out")
+    assert code == 0 and results("out")["used"]["train_rows"] == 12 and "8 of its training rows in place of the dev set" in out
+    for task in ("mrpc", "mnli"):
+        args = argparse.Namespace(task=task, data=data_folder, held_out=8, max_train_samples=None, seed=3)
+        parts, _ = glue_run.load_data(args, False)
+        every = glue_run.load_folder(data_folder, task)["train"]
+        for split in set(parts) - {"train"}:
+            assert len(parts[split]) == 8
+            rows = [*parts["train"].to_list(), *parts[split].to_list()]
+            assert sorted(map(repr, rows)) == sorted(map(repr, every.to_list()))
+    code, _, err = glue("--task", "mrpc", "--held-out", "24")
+    assert code == 2 and "there are 24 training rows" in err
 
 
 def test_the_papers_rates_are_used_for_its_models(glue, model_folder, tmp_path):
@@ -700,6 +721,17 @@ def test_the_hubs_own_splits_are_used(monkeypatch, capsys):
         llama_run.load_trees(args)
     with pytest.raises(finetune.UserError, match="--validation-share is of no use with OpenAssistant/oasst1"):
         llama_run.load_trees(data_args(None, hub=True, validation_share=0.5))
+
+
+def test_trees_held_out_of_the_training_trees_take_the_others_place(tmp_path, llama):
+    trees = {str(i): [] for i in range(12)}
+    train, valid = llama_run.hold_out(trees, argparse.Namespace(held_out=4, seed=1))
+    assert len(valid) == 4 and not set(train) & set(valid) and set(train) | set(valid) == set(trees)
+    assert llama_run.hold_out(trees, argparse.Namespace(held_out=4, seed=2)) != (train, valid)
+    code, out, _ = llama(*brief("ft"), "--max-steps", "1", "--held-out", "2", "--output-dir", "out")
+    assert code == 0 and results("out")["used"]["validation_trees"] == 2 and "2 of its training trees in place" in out
+    code, _, err = llama(*brief("ft"), "--held-out", "1000")
+    assert code == 2 and "some must be left to train on" in err
 
 
 def test_the_held_out_trees_are_drawn_not_the_last_ones(tmp_path):
@@ -1478,3 +1510,66 @@ def test_the_tables_are_those_of_the_stored_runs():
     for name in ("bert-base", "llama-2-7b"):
         rows = benchmark.table(json.loads((HERE / "results" / "benchmark" / f"{name}.json").read_text(encoding="utf-8")))
         assert rows.split("\n\n")[1] in readme, name
+
+
+# ----------------------------------------------------------------------------- experiments
+
+CELL = ("sst2", "freeze", "lora")
+
+
+@pytest.fixture
+def claim(tmp_path, monkeypatch):
+    """claim(lr, seed, held_out, loss, accuracy) stores what a run of CELL came to, in an empty folder."""
+    monkeypatch.setattr(experiments, "FOLDER", tmp_path / "claim")
+
+    def store(lr, seed, held_out, loss, accuracy=0.5, cell=CELL):
+        metrics = {"metrics": {"eval_loss": loss, "eval_accuracy": accuracy}} if loss is not None else {"diverged": "lower --lr"}
+        finetune.write_json(experiments.Run(*cell, lr, seed, held_out).path, metrics)
+
+    return store
+
+
+def test_the_rate_of_the_lowest_held_out_loss_is_chosen_and_the_grid_grows(claim):
+    lr, missing = experiments.rate(CELL)
+    assert lr is None and [run.lr for run in missing] == [3e-4, 1e-3, 3e-3, 1e-2]
+    assert all(run.seed == 0 and run.held_out for run in missing)
+    for lr, loss in ((3e-4, 0.4), (1e-3, 0.5), (3e-3, 0.6)):
+        claim(lr, 0, True, loss)
+    claim(1e-2, 0, True, None)  # diverged
+    assert [run.lr for run in experiments.missing(CELL)] == [1e-4]  # the best was at the edge
+    claim(1e-4, 0, True, 0.7)
+    assert experiments.rate(CELL) == (3e-4, [])
+    assert [(run.lr, run.seed, run.held_out) for run in experiments.missing(CELL)] == [(3e-4, seed, False) for seed in (1, 2, 3)]
+
+
+def test_the_experiments_table_gives_means_spreads_and_leads(claim, capsys):
+    for method, values in (("lora", (0.8, 0.9, 1.0)), ("sparsegrad", (0.9, 0.9, 1.2))):
+        cell = (*CELL[:2], method)
+        for lr, loss in ((3e-4, 0.4), (1e-3, 0.3), (3e-3, 0.6), (1e-2, 0.6)):
+            claim(lr, 0, True, loss, cell=cell)
+        for seed, value in zip((1, 2, 3), values):
+            assert f"| {method} |" not in experiments.table(["sst2"])  # not before all seeds are there
+            claim(1e-3, seed, False, 0.3, value, cell=cell)
+    printed = experiments.table(["sst2"])
+    assert "| lora |  | 0.9000 ± 0.1000 (0.001) |" in printed and "| sparsegrad |  | 1.0000 ± 0.1732 (0.001) |" in printed
+    assert "| sparsegrad | lora |  | +0.1000 ± 0.1000 |" in printed
+    loss = experiments.lead("oasst", [1.0, 1.2], [1.5, 1.7])  # lower is better
+    assert loss == "+0.5000 ± 0.0000"
+
+
+def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim, tmp_path, model_folder, data_folder, monkeypatch):
+    tiny = f"glue_run.py --task sst2 --max-steps 1 --batch-size 4 --model {model_folder}"
+    monkeypatch.setitem(experiments.TASKS, "sst2", (tiny, 8, "eval_accuracy"))
+    claim(3e-4, 0, True, 0.0)
+    before = experiments.Run(*CELL, 3e-4, 0, True).path.read_bytes()
+    claim(1e-4, 0, True, 9.0)  # so 3e-4 is the best, wherever the others come to
+    experiments.run_all([CELL], {"glue_run.py": str(data_folder)}, lanes=2)
+    assert experiments.missing(CELL) == [] and experiments.Run(*CELL, 3e-4, 0, True).path.read_bytes() == before
+    final = experiments.Run(*CELL, 3e-4, 2, False).result()
+    assert final["arguments"]["freeze"] and final["arguments"]["held_out"] is None and final["seed"] == 2
+    chosen = experiments.Run(*CELL, 1e-3, 0, True).result()
+    assert chosen["arguments"]["held_out"] == 8 and chosen["arguments"]["lr"] == 1e-3 and chosen["used"]["train_rows"] == 16
+    monkeypatch.setitem(experiments.METHODS, "lora", "--method lora --rank 10000")
+    with pytest.raises(finetune.UserError, match="beyond"):
+        experiments.make(experiments.Run(*CELL, 1e-5, 9, False), {"glue_run.py": str(data_folder)}, 1)
+    assert not experiments.Run(*CELL, 1e-5, 9, False).path.exists()

@@ -1,0 +1,199 @@
+"""The claim, measured: SparseGrad beside full fine-tuning, LoRA and MeProp, by one protocol.
+
+    python experiments.py run --glue DIR --oasst FILE    every run that results/claim has not yet
+    python experiments.py table                          the tables, from what it has
+
+A cell is a task, a setting (all but the MLP linears trains densely, as in the paper, or only
+the method and the head: `freeze`) and a method. In each cell the learning rate with the lowest
+loss on a held-out part of the training set is found on seed 0, in steps of about three; the grid
+grows until the best is not at its edge. Then seeds 1 to 3 train at that rate and are measured
+on the dev set. Every run is `glue_run.py` or `llama_run.py`, its results.json kept as it is.
+"""
+
+import concurrent.futures
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+import finetune
+
+HERE = pathlib.Path(__file__).parent
+FOLDER = HERE / "results" / "claim"
+TASKS = {  # options, held-out rows, what is compared (and in which direction it is better)
+    "sst2": ("glue_run.py --task sst2 --max-train-samples 8000 --epochs 1", 1000, "eval_accuracy"),
+    "mrpc": ("glue_run.py --task mrpc --epochs 2", 400, "eval_f1"),
+    "stsb": ("glue_run.py --task stsb --epochs 1", 600, "eval_pearson"),
+    "oasst": ("llama_run.py --top-ranked", 30, "eval_loss"),
+}
+SETTINGS = {"sst2": ("paper", "freeze"), "mrpc": ("paper", "freeze"), "stsb": ("paper", "freeze"), "oasst": ("freeze",)}
+METHODS = {  # options; k is 1 % of a linear, and LoRA's rank the nearest to it
+    "ft": "--method ft",
+    "lora": "--method lora --k 0.01",
+    "meprop": "--method meprop --k 0.01",
+    "sparsegrad": "--method sparsegrad --k 0.01",
+    "own": "--method sparsegrad --k 0.01 --share layer",
+    "own, rank 128": "--method sparsegrad --k 0.01 --share layer --rank 128",
+    "narrow, rank 8": "--method sparsegrad --k 1.0 --sides narrow --rank 8",
+}
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FROM = {"paper": 3e-5, "freeze": 3e-4}  # four rates from here on, at first
+SEEDS = (1, 2, 3)
+
+
+class Run(NamedTuple):
+    task: str
+    setting: str
+    method: str
+    lr: float
+    seed: int
+    held_out: bool
+
+    @property
+    def path(self) -> pathlib.Path:
+        name = f"{self.method.replace(', ', '-').replace(' ', '')}-lr{self.lr:.0e}-seed{self.seed}{'-held-out' * self.held_out}"
+        return FOLDER / f"{self.task}-{self.setting}" / f"{name}.json"
+
+    def command(self, data: dict[str, str], output: str) -> list[str]:
+        script, *options = TASKS[self.task][0].split()
+        words = [sys.executable, str(HERE / script), *options, *METHODS[self.method].split()]
+        words += ["--data", data[script], "--lr", f"{self.lr:g}", "--seed", str(self.seed), "--output-dir", output]
+        if self.setting == "freeze" and script == "glue_run.py":
+            words.append("--freeze")
+        return words + ["--held-out", str(TASKS[self.task][1])] * self.held_out
+
+    def result(self) -> dict | None:
+        """What was measured, {} if it diverged, None if it was not run."""
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else None
+
+
+Cell = tuple[str, str, str]  # task, setting, method
+
+
+def rate(cell: Cell) -> tuple[float | None, list[Run]]:
+    """(the chosen learning rate, []), or (None, the runs that are missing to choose it)."""
+    low, high = RATES.index(FROM[cell[1]]), RATES.index(FROM[cell[1]]) + 4
+    while True:
+        runs = [Run(*cell, lr, 0, True) for lr in RATES[low:high]]
+        missing = [run for run in runs if run.result() is None]
+        if missing:
+            return None, missing
+        losses = [run.result().get("metrics", {}).get("eval_loss", math.inf) for run in runs]
+        best = losses.index(min(losses))
+        if best == 0 and low > 0:
+            low -= 1
+        elif best == len(runs) - 1 and high < len(RATES):
+            high += 1
+        else:
+            return runs[best].lr, []
+
+
+def missing(cell: Cell) -> list[Run]:
+    lr, to_choose = rate(cell)
+    return to_choose or [run for seed in SEEDS if (run := Run(*cell, lr, seed, False)).result() is None]
+
+
+def make(run: Run, data: dict[str, str], threads: int) -> None:
+    """Run it, and store what came out; UserError if it failed otherwise than by diverging."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = os.path.join(folder, "run")
+        done = subprocess.run(
+            run.command(data, output), env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True
+        )
+        if done.returncode == 0:
+            results = json.loads(pathlib.Path(output, "results.json").read_text(encoding="utf-8"))
+        elif "lower --lr" in done.stderr:
+            results = {"diverged": done.stderr.strip().splitlines()[-1]}
+        else:
+            raise finetune.UserError(f"{run.path.stem} failed: {done.stderr.strip()[-500:]}")
+    finetune.write_json(run.path, results)
+
+
+def run_all(cells: list[Cell], data: dict[str, str], lanes: int) -> None:
+    """Every missing run of `cells`, `lanes` at a time."""
+    threads = max(1, (os.cpu_count() or 1) // lanes)
+    with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
+        busy: dict[concurrent.futures.Future, Run] = {}
+        while True:
+            waiting = [run for cell in cells for run in missing(cell) if run not in busy.values()]
+            for run in waiting[: lanes - len(busy)]:
+                print(f"{time.strftime('%H:%M')} {run.path.relative_to(FOLDER)}", flush=True)
+                busy[pool.submit(make, run, data, threads)] = run
+            if not busy:
+                return
+            for future in concurrent.futures.wait(busy, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                del busy[future]
+                future.result()
+
+
+def values(cell: Cell) -> list[float]:
+    """What the final runs of a cell came to, seed by seed; [] if they are not all there."""
+    lr, to_choose = rate(cell)
+    if to_choose:
+        return []
+    results = [Run(*cell, lr, seed, False).result() for seed in SEEDS]
+    return [r.get("metrics", {}).get(TASKS[cell[0]][2], math.nan) for r in results] if all(r is not None for r in results) else []
+
+
+def table(tasks: list[str]) -> str:
+    """Two Markdown tables: mean ± standard deviation over seeds, and SparseGrad's lead, seed by seed."""
+    columns = [(task, setting) for task in tasks for setting in SETTINGS[task]]
+    heads = [f"{task}, {setting} ({TASKS[task][2].removeprefix('eval_')})" for task, setting in columns]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
+    found = {(column, method): values((*column, method)) for column in columns for method in METHODS}
+    for method in METHODS:
+        cells = []
+        for column in columns:
+            of = found[column, method]
+            cells.append(f"{spread(of)} ({rate((*column, method))[0]:g})" if of else "")
+        if any(cells):
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    lines += ["", "| lead of | over | " + " | ".join(heads) + " |", "|---" * (len(columns) + 2) + "|"]
+    for method in list(METHODS)[3:]:
+        for other in list(METHODS)[:3]:
+            cells = []
+            for column in columns:
+                cells.append(lead(column[0], found[column, method], found[column, other]))
+            if any(cells):
+                lines.append(f"| {method} | {other} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def lead(task: str, ours: list[float], theirs: list[float]) -> str:
+    sign = -1 if TASKS[task][2] == "eval_loss" else 1
+    return spread([sign * (a - b) for a, b in zip(ours, theirs)], "+")
+
+
+def spread(of: list[float], sign: str = "") -> str:
+    return f"{statistics.mean(of):{sign}.4f} ± {statistics.stdev(of):.4f}" if of else ""
+
+
+def main() -> None:
+    parser = finetune.Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("do", choices=("run", "table"))
+    parser.add_argument("--glue", help="run: GLUE's folder, with SST-2, MRPC and STS-B")
+    parser.add_argument("--oasst", help="run: OpenAssistant's messages, a jsonl file")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--settings", nargs="+", choices=("paper", "freeze"), default=["paper", "freeze"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--lanes", type=finetune.number(int, 1), default=2, help="run: so many at a time, which share the cores")
+    args = parser.parse_args()
+    if args.do == "table":
+        print(table(args.tasks))
+        return
+    data = {"glue_run.py": args.glue, "llama_run.py": args.oasst}
+    for task in args.tasks:
+        if data[TASKS[task][0].split()[0]] is None:
+            parser.error(f"task {task} needs --{'oasst' if task == 'oasst' else 'glue'}")
+    cells = [(t, s, m) for t in args.tasks for s in SETTINGS[t] if s in args.settings for m in args.methods]
+    run_all(cells, data, args.lanes)
+
+
+if __name__ == "__main__":
+    finetune.run(main)
