@@ -1539,7 +1539,7 @@ def test_the_rate_of_the_lowest_held_out_loss_is_chosen_and_the_grid_grows(claim
     assert [run.lr for run in experiments.missing(CELL)] == [1e-4]  # the best was at the edge
     claim(1e-4, 0, True, 0.7)
     assert experiments.rate(CELL) == (3e-4, [])
-    assert [(run.lr, run.seed, run.held_out) for run in experiments.missing(CELL)] == [(3e-4, seed, False) for seed in (1, 2, 3)]
+    assert [(run.lr, run.seed, run.held_out) for run in experiments.missing(CELL)] == [(3e-4, seed, False) for seed in (3, 4, 5)]
 
 
 def test_the_experiments_table_gives_means_spreads_and_leads(claim, capsys):
@@ -1547,12 +1547,14 @@ def test_the_experiments_table_gives_means_spreads_and_leads(claim, capsys):
         cell = (*CELL[:2], method)
         for lr, loss in ((3e-4, 0.4), (1e-3, 0.3), (3e-3, 0.6), (1e-2, 0.6)):
             claim(lr, 0, True, loss, cell=cell)
-        for seed, value in zip((1, 2, 3), values):
+        for seed, value in zip(experiments.SEEDS, values):
             assert f"| {method} |" not in experiments.table(["sst2"])  # not before all seeds are there
             claim(1e-3, seed, False, 0.3, value, cell=cell)
     printed = experiments.table(["sst2"])
     assert "| lora |  | 0.9000 ± 0.1000 (0.001) |" in printed and "| sparsegrad |  | 1.0000 ± 0.1732 (0.001) |" in printed
     assert "| sparsegrad | lora |  | +0.1000 ± 0.1000 |" in printed
+    claim(1e-3, 4, False, None, cell=(*CELL[:2], "sparsegrad"))
+    assert "| sparsegrad |  | diverged (0.001) |" in experiments.table(["sst2"])
     loss = experiments.lead("oasst", [1.0, 1.2], [1.5, 1.7])  # lower is better
     assert loss == "+0.5000 ± 0.0000"
 
@@ -1565,11 +1567,40 @@ def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim,
     claim(1e-4, 0, True, 9.0)  # so 3e-4 is the best, wherever the others come to
     experiments.run_all([CELL], {"glue_run.py": str(data_folder)}, lanes=2)
     assert experiments.missing(CELL) == [] and experiments.Run(*CELL, 3e-4, 0, True).path.read_bytes() == before
-    final = experiments.Run(*CELL, 3e-4, 2, False).result()
-    assert final["arguments"]["freeze"] and final["arguments"]["held_out"] is None and final["seed"] == 2
+    final = experiments.Run(*CELL, 3e-4, 4, False).result()
+    assert final["arguments"]["freeze"] and final["arguments"]["held_out"] is None and final["seed"] == 4
     chosen = experiments.Run(*CELL, 1e-3, 0, True).result()
     assert chosen["arguments"]["held_out"] == 8 and chosen["arguments"]["lr"] == 1e-3 and chosen["used"]["train_rows"] == 16
     monkeypatch.setitem(experiments.METHODS, "lora", "--method lora --rank 10000")
     with pytest.raises(finetune.UserError, match="beyond"):
         experiments.make(experiments.Run(*CELL, 1e-5, 9, False), {"glue_run.py": str(data_folder)}, 1)
     assert not experiments.Run(*CELL, 1e-5, 9, False).path.exists()
+
+
+@pytest.mark.parametrize(
+    "task, setting, method", [(t, s, m) for t in experiments.TASKS for s in experiments.SETTINGS[t] for m in experiments.METHODS]
+)
+def test_every_command_of_the_experiments_is_one_its_script_takes(task, setting, method, monkeypatch):
+    data = {"glue_run.py": "glue", "llama_run.py": "oasst.jsonl"}
+    command = experiments.Run(task, setting, method, 1e-3, 4, True).command(data, "out")
+    script = {"glue_run.py": glue_run, "llama_run.py": llama_run}[pathlib.Path(command[1]).name]
+    monkeypatch.setattr(sys, "argv", command[1:])
+    args = script.parse()
+    assert args.method == ("sparsegrad" if "," in method or method == "own" else method)
+    assert args.freeze == (setting == "freeze") and args.held_out and args.lr == 1e-3 and args.seed == 4
+    assert method == "ft" or args.k in (0.01, 1.0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["table", "--tasks", "sst2"], "unrecognized"),
+        (["run", "--tasks", "oasst"], "task oasst needs --oasst"),
+        (["run", "--tasks", "oasst", "--oasst", "x", "--settings", "paper"], "has no setting paper, only freeze"),
+    ],
+)
+def test_the_experiments_refuse_what_they_would_ignore(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiments.py", *options])
+    with pytest.raises(SystemExit) as exit:
+        finetune.run(experiments.main)
+    assert exit.value.code == 2 and message in capsys.readouterr().err
