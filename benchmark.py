@@ -43,9 +43,9 @@ import sparsegrad
 from sparsegrad import Basis
 
 NAMES = ("frozen", "ft", "lora", "shira", "meprop", "sparsegrad", "literal")
-METHODS = ["frozen", "ft", "lora", "shira", "meprop", "sparsegrad:narrow:rank=32", "sparsegrad:rank=128"]
-METHODS += ["sparsegrad:narrow", "sparsegrad", "literal"]
-FAST, CUT = "sparsegrad:narrow:rank=8:k=all", "sparsegrad:narrow:rank=32"  # as many trained as LoRA, as many updated a step
+FAST, CUT = "sparsegrad:narrow:rank=8:k=all", "sparsegrad:narrow:rank=32"  # about as many trained as LoRA, as many updated a step
+METHODS = ["frozen", "ft", "lora", "shira", "meprop", FAST, CUT]
+METHODS += ["sparsegrad:rank=128", "sparsegrad:narrow", "sparsegrad", "literal"]
 SEARCHES = {"complete, exact": {}, "complete, sketch=64": {"sketch": 64}, "narrow, exact": {"sides": "narrow"}}
 CONFIGS = {
     "bert-base": transformers.BertConfig,
@@ -318,8 +318,8 @@ class Run:
 
 
 def search(base: nn.Module, names: list[str], batches: Iterator, args: argparse.Namespace) -> tuple[dict[str, Basis], dict]:
-    """Complete bases, shared by a role, and what each of SEARCHES costs beside training the same linears as
-    long; of one or two steps, which are taken under the memory profiler, only the first."""
+    """Complete bases, shared by a role, and what finding them (with `--searches`: by each of SEARCHES) costs
+    beside training the same linears as long. Peaks are of two steps."""
     steps = list(itertools.islice(batches, args.basis_steps))
     moments = []
 
@@ -333,20 +333,19 @@ def search(base: nn.Module, names: list[str], batches: Iterator, args: argparse.
         moments.append(time.perf_counter())
         return bases
 
-    found = []
-    before = sum(held(base).values())
-    peak = before + peak_of(lambda: found.append(find(steps[:2])), args.device)
-    bases, seconds = found.pop(), {}
+    before, costs, found = sum(held(base).values()), {}, []
     for label, options in SEARCHES.items():
-        if len(steps) > 2:
-            other = find(steps, **options)
-            bases = bases if options else other
-        if len(steps) > 2 or not options:
-            seconds[label] = {"collecting": moments[-2] - moments[0], "decomposing": moments[-1] - moments[-2]}
-    training = Run(Method("ft"), base, names, bases, argparse.Namespace(**vars(args) | {"rest": False}))
+        if options and not args.searches:
+            continue
+        peak = before + peak_of(lambda options=options: found.append(find(steps[:2], **options)), args.device)
+        if len(steps) > 2:  # fewer were timed under the memory profiler
+            found[-1] = find(steps, **options)
+        seconds = {"collecting": moments[-2] - moments[0], "decomposing": moments[-1] - moments[-2]}
+        costs[label] = {**seconds, "peak_bytes": peak}
+    training = Run(Method("ft"), base, names, found[0], argparse.Namespace(**vars(args) | {"rest": False}))
     for batch in steps[:1] + steps:
         training.time(batch)
-    return bases, {"steps": len(steps), "seconds": seconds, "training": sum(training.seconds[1:]), "peak_bytes": peak}
+    return found[0], {"steps": len(steps), "training": sum(training.seconds[1:]), "ways": costs}
 
 
 def check_fit(config: transformers.PretrainedConfig, args: argparse.Namespace) -> None:
@@ -382,7 +381,7 @@ def sweep(args: argparse.Namespace) -> list[dict]:
             print(f"{axis} {value}", flush=True)
             gc.collect()  # the models before
             config = make_config("minilm", 2)
-            here = argparse.Namespace(**vars(args) | dict(batch=32, seq=128, basis_steps=1, k=0.01))
+            here = argparse.Namespace(**vars(args) | dict(batch=32, seq=128, basis_steps=1, searches=False, k=0.01))
             chosen = {text: Method(text.format(value)) for text in methods}
             if axis == "tokens":
                 here.batch = value // here.seq
@@ -424,18 +423,18 @@ def table(run: dict) -> str:
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     cost = run["search"]
     if cost["steps"] > 2:
-        training, steps = cost["training"], cost["steps"]
+        training = cost["training"]
         lines += [
             "",
-            f"Bases from {steps} steps, beside training the same linears for as many, {training:.1f} s; the first has a peak of "
-            f"{cost['peak_bytes'] / 2**20:,.0f} MiB:",
+            f"Bases from {cost['steps']} steps; training the same linears for as many takes {training:.1f} s:",
             "",
-            "| bases | collecting, s | decomposing, s | beyond training, s | allowed (10 % and 10 s) |",
-            "|---|---|---|---|---|",
+            "| bases | collecting, s | decomposing, s | beyond training, s | allowed (10 % and 10 s) | peak MiB |",
+            "|---|---|---|---|---|---|",
         ]
-        for label, s in cost["seconds"].items():
-            beyond = f"{s['collecting'] + s['decomposing'] - training:.1f}"
-            cells = [label, f"{s['collecting']:.1f}", f"{s['decomposing']:.1f}", beyond, f"{0.1 * training + 10:.1f}"]
+        for label, way in cost["ways"].items():
+            beyond = f"{way['collecting'] + way['decomposing'] - training:.1f}"
+            peak = f"{way['peak_bytes'] / 2**20:,.0f}" if way["peak_bytes"] else ""
+            cells = [label, f"{way['collecting']:.1f}", f"{way['decomposing']:.1f}", beyond, f"{0.1 * training + 10:.1f}", peak]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -452,13 +451,14 @@ def setting(run: dict) -> str:
 def goals(runs: list[dict]) -> str:
     """A Markdown table of the ratios that the project set itself goals for, a row a setting."""
     lines = [
-        "| | rank 8, all: steps/s, LoRA = 1 | peak, LoRA = 1 | time, frozen = 1 | rank 32, 1 %: steps/s | peak | time, frozen = 1 "
+        "| | rank 8, all: steps/s, LoRA = 1 | peak, LoRA = 1 | time, frozen = 1 | rank 32, k: steps/s | peak | time, frozen = 1 "
         "| complete: steps/s, full = 1 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         pairs = [pair for ours in (FAST, CUT) for pair in (("lora", ours), (ours, "lora", "peak_bytes"), (ours, "frozen"))]
-        cells = [ratio(run, *pair) for pair in (*pairs, ("ft", "sparsegrad"))]
+        no_floor = run["options"]["rest"]
+        cells = ["" if "frozen" in pair and no_floor else ratio(run, *pair) for pair in (*pairs, ("ft", "sparsegrad"))]
         lines.append("| " + " | ".join([setting(run), *cells]) + " |")
     return "\n".join(lines)
 
@@ -473,7 +473,7 @@ def read(path: pathlib.Path, key: str) -> dict:
     """A file that this script wrote; UserError if it is another."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        if not run[key]:
+        if not run[key] or key == "methods" and not run["search"]["ways"]:
             raise ValueError(f"no {key} in it")
     except FileNotFoundError:
         raise finetune.UserError(f"{path} is not there") from None
@@ -530,14 +530,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--methods", type=Method, nargs="+", help="see the top of this file")
     add("--batch", type=finetune.number(int, 1), help="rows a step, default 32")
     add("--seq", type=finetune.number(int, 2), help="tokens a row, default 128")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of frozen weights and activations; what trains is in fp32")
+    add("--dtype", choices=("fp32", "bf16"), help="of frozen weights and activations; what trains is in fp32; default fp32")
     add("--k", type=finetune.number(float, 1e-6, 1.0), help="share of each linear that a step updates, default 0.01")
-    add("--rest", action="store_true", help="all but the MLP weights trains too, as in the paper")
-    add("--repeats", type=finetune.number(int, 1), default=7, help="steps timed of each method")
-    add("--warmup", type=finetune.number(int, 1), default=3, help="steps before them")
-    add("--basis-steps", type=finetune.number(int, 1), help="default 30")
-    add("--basis-lr", type=finetune.number(float, 0.0), default=5e-5)
-    add("--return-memory", action="store_true", help="leave the C library's allocator as it is: noisier, and slower for all")
+    add("--rest", action="store_true", default=None, help="all but the MLP weights trains too, as in the paper")
+    add("--repeats", type=finetune.number(int, 1), help="steps timed of each method, default 7")
+    add("--warmup", type=finetune.number(int, 1), help="steps before them, default 3")
+    add("--basis-steps", type=finetune.number(int, 1), help="steps that the bases are made from, default 30")
+    add("--basis-lr", type=finetune.number(float, 0.0), help="their learning rate, default 5e-5")
+    add("--searches", action="store_true", default=None, help="also find bases by a sketch, and for the narrow side")
+    add(
+        "--return-memory",
+        action="store_true",
+        default=None,
+        help="leave the C library's allocator as it is: noisier, and slower for all",
+    )
     add = parser.add_mutually_exclusive_group().add_argument
     add("--json", type=pathlib.Path, help="write what was measured")
     add("--table", type=pathlib.Path, nargs="+", metavar="FILE", help="measure nothing, print the tables of such files")
@@ -550,12 +556,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             finetune.check_writable(option, path.parent)
             if path.is_dir():
                 raise finetune.UserError(f"{option} {path}: that is a folder, not a file")
-    sizes = dict(arch="bert-base", layers=None, batch=32, seq=128, k=0.01, basis_steps=30)
-    for name, default in (sizes | {"methods": [Method(text) for text in METHODS]}).items():
+    sizes = dict(arch="bert-base", layers=None, batch=32, seq=128, k=0.01, basis_steps=30, searches=False)
+    others = dict(dtype="fp32", rest=False, repeats=7, warmup=3, basis_lr=5e-5, return_memory=False)
+    alone = next((name for name in ("table", "goals", "figure", "sweep") if getattr(args, name)), None)
+    for name, default in {"methods": [Method(text) for text in METHODS], **sizes, **others}.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-        elif args.sweep:
-            raise finetune.UserError(f"--{name.replace('_', '-')} is of no use to --sweep, which varies sizes of its own")
+        elif alone and not (alone == "sweep" and name in others):
+            why = "which varies sizes of its own" if alone == "sweep" else "which measures nothing"
+            raise finetune.UserError(f"--{name.replace('_', '-')} is of no use to --{alone}, {why}")
     texts = [method.text for method in args.methods]
     if len(set(texts)) < len(texts):
         raise finetune.UserError(f"--methods {' '.join(texts)}: one is named twice")

@@ -320,7 +320,7 @@ def find_bases(
     sides: "both"; "narrow", only the shorter side of each weight (the input side of a square one).
     rank: columns to keep a side; None, all of them (complete bases, as in the paper).
     sketch: columns of a random projection of each gradient, `Σ (G Ω) (G Ω)ᵀ` for `Σ G Gᵀ`: less work
-        for wide layers, and right on average only. Seeded. None: exact.
+        for wide layers, but the sums, up to a factor, are right on average only. Seeded. None: exact.
     loss_fn: `loss_fn(model, batch)`; default, `.loss` of `model(**batch)`.
     callback: called as `callback(step, loss)` after each step, for a progress bar or log.
 
@@ -347,8 +347,8 @@ def find_bases(
             grams[groups[name]] = [grad.new_zeros(d, d) if on else None for d, on in zip((in_, out), rotated)]
         for gram, rows in zip(grams[groups[name]], (grad.T, grad)):
             if gram is not None:
-                if sketch is not None and sketch < rows.shape[1]:  # Ω (p, sketch), with E[Ω Ωᵀ] = I
-                    rows = rows @ torch.randn(rows.shape[1], sketch, generator=generator).div_(math.sqrt(sketch)).to(rows)
+                if sketch is not None and sketch < rows.shape[1]:
+                    rows = rows @ torch.randn(rows.shape[1], sketch, generator=generator).to(rows)  # (n, p) @ (p, sketch)
                 _add_gram(gram, rows)
 
     _back_propagate(model, linears, batches, visit, **options)

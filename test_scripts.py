@@ -229,6 +229,8 @@ def test_rows_held_out_of_the_training_set_take_the_dev_sets_place(glue, data_fo
             assert len(parts[split]) == 8
             rows = [*parts["train"].to_list(), *parts[split].to_list()]
             assert sorted(map(repr, rows)) == sorted(map(repr, every.to_list()))
+        args.seed = 4
+        assert glue_run.load_data(args, False)[0][split].to_list() != parts[split].to_list()
     code, _, err = glue("--task", "mrpc", "--held-out", "24")
     assert code == 2 and "there are 24 training rows" in err
 
@@ -1410,8 +1412,9 @@ def test_the_benchmark_counts_what_each_method_trains_saves_and_holds(run_benchm
     peak = {name: m["peak_bytes"] for name, m in run["methods"].items()}
     assert peak["frozen"] < peak["sparsegrad:rank=8"] < peak["sparsegrad"]
     assert all(m["steps"] == 2 and 0 < m["quartiles"][0] <= m["seconds"] <= m["quartiles"][1] for m in run["methods"].values())
-    assert run["search"]["steps"] == 1 and run["search"]["seconds"]["complete, exact"]["collecting"] > 0
-    assert run["search"]["peak_bytes"] > 4 * weight
+    assert run["search"]["steps"] == 1 and list(run["search"]["ways"]) == ["complete, exact"]
+    way = run["search"]["ways"]["complete, exact"]
+    assert way["collecting"] > 0 and way["decomposing"] > 0 and way["peak_bytes"] > 4 * weight
     code, again, _ = run_benchmark("--table", path)
     assert code == 0 and again.strip() in printed and "| `sparsegrad` |" in again
 
@@ -1450,13 +1453,10 @@ def test_the_benchmark_counts_peaks():
         (["--methods", "lora", "lora"], "one is named twice"),
         (["--json", "."], "that is a folder"),
         (["--sweep", "sweep.json"], "--arch is of no use to --sweep"),
-        (["--goals", "other.json"], "is not what --json writes"),
-        (["--table", "other.json"], "is not what --json writes"),
+        (["--goals", "other.json"], "--arch is of no use to --goals, which measures nothing"),
         (["--json", "x.json", "--table", "other.json"], "not allowed with"),
-        (["--figure", "other.json", "x.png"], "is not what --sweep writes"),
         (["--layers", "7"], "minilm has 6"),
         (["--json", "nowhere/x/run.json"], None),
-        (["--table", "nothing.json"], "nothing.json is not there"),
     ],
 )
 def test_the_benchmark_refuses_what_it_cannot_do(run_benchmark, options, message, tmp_path, monkeypatch):
@@ -1467,6 +1467,31 @@ def test_the_benchmark_refuses_what_it_cannot_do(run_benchmark, options, message
         message = "not a folder that can be written to"
     code, _, error = run_benchmark(*SMALL, *options)
     assert code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--table", "other.json"], "is not what --json writes"),
+        (["--goals", "other.json"], "is not what --json writes"),
+        (["--goals", "old.json"], "is not what --json writes"),
+        (["--figure", "other.json", "x.png"], "is not what --sweep writes"),
+        (["--table", "nothing.json"], "nothing.json is not there"),
+        (["--table", "other.json", "--rest"], "--rest is of no use to --table"),
+    ],
+)
+def test_the_benchmark_reads_its_own_files_only(run_benchmark, options, message, tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "old.json").write_text('{"methods": {"lora": {}}, "search": {"steps": 30, "collecting_seconds": 1.0}}')
+    code, _, error = run_benchmark(*options)
+    assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_where_the_rest_trains_nothing_is_a_floor():
+    methods = {name: {"seconds": 1.0, "peak_bytes": 1} for name in ("frozen", "lora", benchmark.FAST)}
+    options = dict(arch="minilm", layers=1, batch=1, seq=2, dtype="fp32", rest=True, return_memory=False)
+    assert "| 1.00 | 1.00 |  |" in benchmark.goals([{"methods": methods, "options": options}])
+    assert "| 1.00 | 1.00 | 1.00 |" in benchmark.goals([{"methods": methods, "options": {**options, "rest": False}}])
 
 
 def test_the_benchmarks_figure_is_drawn(run_benchmark, tmp_path):
@@ -1487,13 +1512,15 @@ def test_a_sweep_takes_no_sizes_even_the_default_ones(run_benchmark, tmp_path):
 
 
 def test_the_benchmark_times_every_search(run_benchmark, tmp_path):
-    path = tmp_path / "run.json"
-    code, printed, _ = run_benchmark(*SMALL, "--methods", "frozen", "--basis-steps", "3", "--repeats", "1", "--json", path)
+    path, options = tmp_path / "run.json", [*SMALL, "--methods", "frozen", "--repeats", "1", "--basis-steps", "3"]
+    code, printed, _ = run_benchmark(*options, "--searches", "--json", path)
     cost = json.loads(path.read_text())["search"]
-    assert code == 0 and list(cost["seconds"]) == list(benchmark.SEARCHES) and cost["training"] > 0
-    for label, seconds in cost["seconds"].items():
-        beyond = seconds["collecting"] + seconds["decomposing"] - cost["training"]
-        assert f"| {label} | {seconds['collecting']:.1f} | {seconds['decomposing']:.1f} | {beyond:.1f} |" in printed
+    assert code == 0 and list(cost["ways"]) == list(benchmark.SEARCHES) and cost["training"] > 0
+    for label, way in cost["ways"].items():
+        beyond = way["collecting"] + way["decomposing"] - cost["training"]
+        assert f"| {label} | {way['collecting']:.1f} | {way['decomposing']:.1f} | {beyond:.1f} |" in printed
+    peaks = [way["peak_bytes"] for way in cost["ways"].values()]
+    assert peaks[2] < peaks[0]  # the narrow side's matrices are smaller
 
 
 def test_the_tables_are_those_of_the_stored_runs():

@@ -151,6 +151,24 @@ def test_a_sketch_is_near_the_exact_bases_and_seeded():
             assert leading[0] >= leading[1] > 0.97 * leading[0]
 
 
+def test_a_sketchs_gram_matrices_are_right_on_average(monkeypatch):
+    model, batch = tiny_bert(), tiny_batches(1, size=16)[0]
+    sketched, first = {}, {}
+
+    def watch(gram, rows):
+        total = sketched.setdefault(id(gram), gram)  # kept alive, so that no id comes twice
+        total += rows @ rows.T
+        first.setdefault(id(gram), []).append(rows)
+
+    monkeypatch.setattr(sg, "_add_gram", watch)
+    name = "bert.encoder.layer.0.intermediate.dense"
+    sg.find_bases(model, [batch] * 400, [name], n_steps=400, lr=0, sketch=8)
+    (grad,) = sg.collect_gradients(model, [batch], [name], n_steps=1, lr=0)[name]
+    for gram, rows, exact in zip(sketched.values(), first.values(), (grad.T @ grad, grad @ grad.T)):
+        assert not torch.allclose(rows[0], rows[1])
+        assert (gram / (400 * 8) - exact).norm() < 0.1 * exact.norm()
+
+
 def test_few_gradients_still_give_complete_orthonormal_bases():
     for basis in sg.find_bases(tiny_bert(), tiny_batches(1, size=1), n_steps=1).values():
         for vectors in (basis.U, basis.V):
