@@ -490,7 +490,7 @@ def train_and_report(
 
     measure = Measure()
     training = transformers.TrainingArguments(**{**dict(
-        output_dir=str(folder), learning_rate=args.lr, lr_scheduler_type="constant", per_device_train_batch_size=args.batch_size,
+        output_dir=str(folder), learning_rate=args.lr, per_device_train_batch_size=args.batch_size,
         num_train_epochs=args.epochs, max_steps=args.max_steps or -1, max_grad_norm=0.0, weight_decay=0.0, seed=args.seed,
         bf16=args.bf16, report_to=[], logging_nan_inf_filter=False, dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
@@ -650,7 +650,9 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--resume {args.resume}: no arguments.json there that can be read, so no run to go on with") from None
     missing = sorted(vars(args).keys() - saved.keys())
     if missing:
-        raise UserError(f"--resume {args.resume}: not a run of this script as it is now (it has no --{missing[0].replace('_', '-')})")
+        raise UserError(
+            f"--resume {args.resume}: not a run of this script as it is now (it has no --{missing[0].replace('_', '-')})"
+        )
     paths = {key: pathlib.Path(saved[key]) for key in ("data", "output_dir", "merge", "mt_bench") if saved.get(key)}
     return argparse.Namespace(**{**saved, **paths, "resume": args.resume, "output_dir": args.resume})
 

@@ -109,6 +109,12 @@ def parse():
     parser.add_argument("--paper", action="store_true", help="as the paper: 20 epochs with early stopping, three seeds, mean ± std")
     parser.add_argument("--freeze", action="store_true", help="train only the method and the head, not the rest of the model")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    parser.add_argument(
+        "--schedule",
+        choices=("constant", "linear"),
+        default="constant",
+        help="of the learning rate: as in the released runs, or to zero",
+    )
     finetune.add_options(parser, K)
     args = parser.parse_args()
     if args.task is None and args.resume is None:
@@ -303,8 +309,9 @@ def run_seed(args, folder, task, model_name, hub, splits, used) -> dict:
     dev = {split: rows for split, rows in data.items() if split != "train"}
     best = f"eval_{'matched_' if 'matched' in dev else ''}{task['metrics'][0]}"
     training = dict(
-        eval_strategy="epoch", save_strategy="epoch", save_total_limit=1, logging_steps=50, per_device_eval_batch_size=64
-    )
+        eval_strategy="epoch", save_strategy="epoch", save_total_limit=1, logging_steps=50, per_device_eval_batch_size=64,
+        lr_scheduler_type=args.schedule,
+    )  # fmt: skip
     callbacks = []
     if args.paper:
         training |= dict(eval_strategy="steps", save_strategy="steps", eval_steps=task["every"], save_steps=task["every"],

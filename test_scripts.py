@@ -216,6 +216,10 @@ def test_options_reach_the_method(glue):
     assert results("lora")["lora_rank"] == 5 and results("lora")["used"]["train_rows"] == 16
     glue("--task", "sst2", *SHORT, "--max-steps", "2", "--bf16", "--output-dir", "bf16")
     assert results("bf16")["steps"] == 2
+    for schedule, last in (("constant", 1e-2), ("linear", 0.0)):
+        glue("--task", "sst2", *SHORT, "--lr", "1e-2", "--schedule", schedule, "--output-dir", schedule)
+        state = torch.load(f"{schedule}/checkpoint-3/scheduler.pt", weights_only=False)
+        assert state["_last_lr"] == [pytest.approx(last)]
 
 
 def test_rows_held_out_of_the_training_set_take_the_dev_sets_place(glue, data_folder):
