@@ -650,9 +650,7 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--resume {args.resume}: no arguments.json there that can be read, so no run to go on with") from None
     missing = sorted(vars(args).keys() - saved.keys())
     if missing:
-        raise UserError(
-            f"--resume {args.resume}: not a run of this script as it is now (it has no --{missing[0].replace('_', '-')})"
-        )
+        raise UserError(f"--resume {args.resume}: not a run of this script today (it has no --{missing[0].replace('_', '-')})")
     paths = {key: pathlib.Path(saved[key]) for key in ("data", "output_dir", "merge", "mt_bench") if saved.get(key)}
     return argparse.Namespace(**{**saved, **paths, "resume": args.resume, "output_dir": args.resume})
 
