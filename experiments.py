@@ -43,6 +43,7 @@ METHODS = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "own, rank 128": "--method sparsegrad --k 0.01 --share layer --rank 128",
     "narrow, all entries": "--method sparsegrad --k 1.0 --sides narrow --rank {}",
 }
+PEERS = ("ft", "lora", "meprop")
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FROM = {"paper": 3e-5, "freeze": 3e-4}  # four rates from here on, at first
 SEEDS = (3, 4, 5)  # SST-2's 0 to 2 were seen before
@@ -71,7 +72,7 @@ class Run(NamedTuple):
         return words + ["--held-out", str(held_out)] * self.held_out
 
     def result(self) -> dict | None:
-        """What was measured, {} if it diverged, None if it was not run."""
+        """What was measured, or that it diverged; None if it was not run."""
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else None
 
 
@@ -83,10 +84,10 @@ def rate(cell: Cell) -> tuple[float | None, list[Run]]:
     low, high = RATES.index(FROM[cell[1]]), RATES.index(FROM[cell[1]]) + 4
     while True:
         runs = [Run(*cell, lr, 0, True) for lr in RATES[low:high]]
-        missing = [run for run in runs if run.result() is None]
-        if missing:
-            return None, missing
-        losses = [run.result().get("metrics", {}).get("eval_loss", math.inf) for run in runs]
+        results = [run.result() for run in runs]
+        if None in results:
+            return None, [run for run, result in zip(runs, results) if result is None]
+        losses = [result.get("metrics", {}).get("eval_loss", math.inf) for result in results]
         best = losses.index(min(losses))
         if best == 0 and low > 0:
             low -= 1
@@ -138,13 +139,13 @@ def run_all(cells: list[Cell], data: dict[str, str], lanes: int) -> None:
                 future.result()
 
 
-def values(cell: Cell) -> list[float]:
-    """What the final runs of a cell came to, seed by seed; [] if they are not all there."""
-    lr, to_choose = rate(cell)
-    if to_choose:
-        return []
+def values(cell: Cell) -> tuple[float | None, list[float]]:
+    """(the chosen learning rate, what the final runs of a cell came to, seed by seed); (None, []) if they are not all there."""
+    if missing(cell):
+        return None, []
+    lr, _ = rate(cell)
     results = [Run(*cell, lr, seed, False).result() for seed in SEEDS]
-    return [r.get("metrics", {}).get(TASKS[cell[0]][2], math.nan) for r in results] if all(r is not None for r in results) else []
+    return lr, [result.get("metrics", {}).get(TASKS[cell[0]][2], math.nan) for result in results]
 
 
 def table(tasks: list[str]) -> str:
@@ -154,18 +155,13 @@ def table(tasks: list[str]) -> str:
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
     found = {(column, method): values((*column, method)) for column in columns for method in METHODS}
     for method in METHODS:
-        cells = []
-        for column in columns:
-            of = found[column, method]
-            cells.append(f"{spread(of)} ({rate((*column, method))[0]:g})" if of else "")
+        cells = [f"{spread(of)} ({lr:g})" if of else "" for lr, of in (found[column, method] for column in columns)]
         if any(cells):
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     lines += ["", "| lead of | over | " + " | ".join(heads) + " |", "|---" * (len(columns) + 2) + "|"]
-    for method in list(METHODS)[3:]:
-        for other in list(METHODS)[:3]:
-            cells = []
-            for column in columns:
-                cells.append(lead(column[0], found[column, method], found[column, other]))
+    for method in [method for method in METHODS if method not in PEERS]:
+        for other in PEERS:
+            cells = [lead(column[0], found[column, method][1], found[column, other][1]) for column in columns]
             if any(cells):
                 lines.append(f"| {method} | {other} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -206,6 +206,12 @@ def lora_rank(linears: Iterable[nn.Module], entries: int) -> int:
     return max(1, round(entries / per_rank))
 
 
+def check_held_out(args: argparse.Namespace, count: int, what: str) -> None:
+    """UserError if `--held-out` leaves none of `count` training rows, or `what` they are, to train on."""
+    if args.held_out >= count:
+        raise UserError(f"--held-out {args.held_out}: there are {count} training {what}, and some must be left to train on")
+
+
 def check_sizes(linears: dict[str, nn.Module], args: argparse.Namespace) -> int:
     """Raise UserError if `--k` or `--rank` is beyond a linear; returns the entries that k asks for in all."""
     rank = args.rank if args.method == "sparsegrad" else None  # of the core

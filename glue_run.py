@@ -164,8 +164,7 @@ def load_data(args, hub: bool) -> tuple[dict[str, datasets.Dataset], str]:
         raise UserError(f"no hub is reachable: pass --data DIR, a folder that holds {task['folder']}/train.tsv and dev.tsv")
     if args.held_out:
         train = splits["train"].shuffle(seed=args.seed)
-        if args.held_out >= len(train):
-            raise UserError(f"--held-out {args.held_out}: there are {len(train)} training rows, and some must be left to train on")
+        finetune.check_held_out(args, len(train), "rows")
         splits = dict.fromkeys(splits, train.select(range(args.held_out)))
         splits["train"] = train.select(range(args.held_out, len(train)))
         note += f", {args.held_out} of its training rows in place of the dev set"

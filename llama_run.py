@@ -357,8 +357,7 @@ def load_trees(args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]], 
 
 def hold_out(trees: dict[str, list[Thread]], args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]]]:
     """(trees left to train on, `--held-out` of them to validate on), drawn by the seed."""
-    if args.held_out >= len(trees):
-        raise UserError(f"--held-out {args.held_out}: there are {len(trees)} training trees, and some must be left to train on")
+    finetune.check_held_out(args, len(trees), "trees")
     held = set(random.Random(args.seed).sample(sorted(trees), args.held_out))
     return {t: trees[t] for t in trees if t not in held}, {t: trees[t] for t in trees if t in held}
 

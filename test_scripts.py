@@ -1573,7 +1573,7 @@ def test_the_rate_of_the_lowest_held_out_loss_is_chosen_and_the_grid_grows(claim
     assert [(run.lr, run.seed, run.held_out) for run in experiments.missing(CELL)] == [(3e-4, seed, False) for seed in (3, 4, 5)]
 
 
-def test_the_experiments_table_gives_means_spreads_and_leads(claim, capsys):
+def test_the_experiments_table_gives_means_spreads_and_leads(claim):
     for method, values in (("lora", (0.8, 0.9, 1.0)), ("sparsegrad", (0.9, 0.9, 1.2))):
         cell = (*CELL[:2], method)
         for lr, loss in ((3e-4, 0.4), (1e-3, 0.3), (3e-3, 0.6), (1e-2, 0.6)):
@@ -1590,7 +1590,7 @@ def test_the_experiments_table_gives_means_spreads_and_leads(claim, capsys):
     assert loss == "+0.5000 ± 0.0000"
 
 
-def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim, tmp_path, model_folder, data_folder, monkeypatch):
+def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim, model_folder, data_folder, monkeypatch):
     tiny = f"glue_run.py --task sst2 --max-steps 1 --batch-size 4 --model {model_folder}"
     monkeypatch.setitem(experiments.TASKS, "sst2", (tiny, 8, "eval_accuracy", 4))
     claim(3e-4, 0, True, 0.0)
