@@ -29,8 +29,8 @@ HERE = pathlib.Path(__file__).parent
 FOLDER = HERE / "results" / "claim"
 TASKS = {  # options; rows to hold out; what is compared; the rank at which a core on the narrow side has 1 % of a linear's entries
     "sst2": ("glue_run.py --task sst2 --max-train-samples 8000 --epochs 1 --schedule linear", 1000, "eval_accuracy", 4),
-    "mrpc": ("glue_run.py --task mrpc --epochs 2 --schedule linear", 400, "eval_f1", 4),
-    "stsb": ("glue_run.py --task stsb --epochs 1 --schedule linear", 600, "eval_pearson", 4),
+    "mrpc": ("glue_run.py --task mrpc --epochs 3 --schedule linear --bf16", 400, "eval_f1", 4),
+    "stsb": ("glue_run.py --task stsb --epochs 3 --schedule linear --bf16", 600, "eval_pearson", 4),
     "oasst": ("llama_run.py --top-ranked", 30, "eval_loss", 6),
 }
 SETTINGS = {"sst2": ("paper", "freeze"), "mrpc": ("paper", "freeze"), "stsb": ("paper", "freeze"), "oasst": ("freeze",)}
