@@ -1,14 +1,14 @@
 """The claim, measured: SparseGrad beside full fine-tuning, LoRA and MeProp, by one protocol.
 
-    python experiments.py run --glue DIR --oasst FILE    every run that results/claim has not yet
-    python experiments.py table                          the tables, from what it has
+    python experiments.py run --glue DIR --oasst FILE --tasks sst2 mrpc stsb oasst    every run that results/claim has not yet
+    python experiments.py table                                                       the tables, from what it has
 
 A cell is a task, a setting (all but the MLP linears trains densely, as in the paper, or only
 the method and the head: `freeze`) and a method. In each cell the learning rate with the lowest
 loss on a held-out part of the training set is found on seed 0, in steps of about three from 1e-5
 to 1e-1; the grid grows until the best is not at its edge, or at one of those. Then SEEDS train at that
 rate and are measured on the dev set. Every run is `glue_run.py` or `llama_run.py`, without a hub,
-so on MiniLM and SmolLM2; its results.json is kept.
+so on MiniLM and SmolLM2, or, for other models, results/other-models/vit.py; its results.json is kept.
 """
 
 import concurrent.futures
@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -27,13 +28,33 @@ import finetune
 
 HERE = pathlib.Path(__file__).parent
 FOLDER = HERE / "results" / "claim"
-TASKS = {  # options; rows to hold out; what is compared; the rank at which a core on the narrow side has 1 % of a linear's entries
-    "sst2": ("glue_run.py --task sst2 --max-train-samples 8000 --epochs 1 --schedule linear", 1000, "eval_accuracy", 4),
-    "mrpc": ("glue_run.py --task mrpc --epochs 3 --schedule linear --bf16", 400, "eval_f1", 4),
-    "stsb": ("glue_run.py --task stsb --epochs 3 --schedule linear --bf16", 600, "eval_pearson", 4),
-    "oasst": ("llama_run.py --top-ranked", 30, "eval_loss", 6),
-}
-SETTINGS = {"sst2": ("paper", "freeze"), "mrpc": ("paper", "freeze"), "stsb": ("paper", "freeze"), "oasst": ("freeze",)}
+
+
+class Task(NamedTuple):
+    options: str  # script and options; {glue} stands for what --glue gives
+    held_out: int  # training rows or trees to choose the learning rate on
+    metric: str
+    narrow_rank: int  # at which a core on the narrow side has 1 % of a linear's entries
+    settings: tuple[str, ...] = ("freeze",)
+
+    @property
+    def paths(self) -> list[str]:
+        return [field for _, field, _, _ in string.Formatter().parse(self.options) if field]
+
+
+TASKS = {
+    "sst2": Task("glue_run.py --task sst2 --data {glue} --max-train-samples 8000 --epochs 1 --schedule linear",
+                 1000, "eval_accuracy", 4, ("paper", "freeze")),
+    "mrpc": Task("glue_run.py --task mrpc --data {glue} --epochs 3 --schedule linear --bf16",
+                 400, "eval_f1", 4, ("paper", "freeze")),
+    "stsb": Task("glue_run.py --task stsb --data {glue} --epochs 3 --schedule linear --bf16",
+                 600, "eval_pearson", 4, ("paper", "freeze")),
+    "oasst": Task("llama_run.py --data {oasst} --top-ranked", 30, "eval_loss", 6),
+    # beyond the paper's models
+    "t5": Task("glue_run.py --task sst2 --model {t5} --data {glue} --max-train-samples 4000 --epochs 1 --schedule linear --bf16",
+               1000, "eval_accuracy", 5),
+    "vit": Task("results/other-models/vit.py --model {vit} --data {images} --bf16", 800, "eval_accuracy", 4),
+}  # fmt: skip
 METHODS = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "ft": "--method ft",
     "lora": "--method lora --k 0.01",
@@ -42,6 +63,13 @@ METHODS = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "own": "--method sparsegrad --k 0.01 --share layer",
     "own, rank 128": "--method sparsegrad --k 0.01 --share layer --rank 128",
     "narrow, all entries": "--method sparsegrad --k 1.0 --sides narrow --rank {}",
+}
+PATHS = {
+    "glue": "GLUE's folder, with SST-2, MRPC and STS-B",
+    "oasst": "OpenAssistant's messages, a jsonl file",
+    "t5": "a T5 with its tokenizer, a folder (results/other-models)",
+    "vit": "a ViT or DINOv2, a folder (results/other-models)",
+    "images": "grey images, comma-separated, the class last in a row",
 }
 PEERS = ("ft", "lora", "meprop")
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -62,14 +90,14 @@ class Run(NamedTuple):
         name = f"{self.method.replace(', ', '-').replace(' ', '')}-lr{self.lr:.0e}-seed{self.seed}{'-held-out' * self.held_out}"
         return FOLDER / f"{self.task}-{self.setting}" / f"{name}.json"
 
-    def command(self, data: dict[str, str], output: str) -> list[str]:
-        task, held_out, _, rank = TASKS[self.task]
-        script, *options = task.split()
-        words = [sys.executable, str(HERE / script), *options, *METHODS[self.method].format(rank).split()]
-        words += ["--data", data[script], "--lr", f"{self.lr:g}", "--seed", str(self.seed), "--output-dir", output]
-        if self.setting == "freeze" and script == "glue_run.py":
+    def command(self, paths: dict[str, str], output: str) -> list[str]:
+        task = TASKS[self.task]
+        script, *options = (word.format(**paths) for word in task.options.split())
+        words = [sys.executable, str(HERE / script), *options, *METHODS[self.method].format(task.narrow_rank).split()]
+        words += ["--lr", f"{self.lr:g}", "--seed", str(self.seed), "--output-dir", output]
+        if self.setting == "freeze" and script == "glue_run.py":  # the others do no else
             words.append("--freeze")
-        return words + ["--held-out", str(held_out)] * self.held_out
+        return words + ["--held-out", str(task.held_out)] * self.held_out
 
     def result(self) -> dict | None:
         """What was measured, or that it diverged; None if it was not run."""
@@ -102,12 +130,12 @@ def missing(cell: Cell) -> list[Run]:
     return to_choose or [run for seed in SEEDS if (run := Run(*cell, lr, seed, False)).result() is None]
 
 
-def make(run: Run, data: dict[str, str], threads: int) -> None:
+def make(run: Run, paths: dict[str, str], threads: int) -> None:
     """Run it, and store what came out; UserError if it failed otherwise than by diverging."""
     with tempfile.TemporaryDirectory() as folder:
         output = os.path.join(folder, "run")
         done = subprocess.run(
-            run.command(data, output),
+            run.command(paths, output),
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
@@ -122,7 +150,7 @@ def make(run: Run, data: dict[str, str], threads: int) -> None:
     finetune.write_json(run.path, results)
 
 
-def run_all(cells: list[Cell], data: dict[str, str], lanes: int) -> None:
+def run_all(cells: list[Cell], paths: dict[str, str], lanes: int) -> None:
     """Every missing run of `cells`, `lanes` at a time."""
     threads = max(1, (os.cpu_count() or 1) // lanes)
     with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
@@ -131,7 +159,7 @@ def run_all(cells: list[Cell], data: dict[str, str], lanes: int) -> None:
             waiting = [run for cell in cells for run in missing(cell) if run not in busy.values()]
             for run in waiting[: lanes - len(busy)]:
                 print(f"{time.strftime('%H:%M')} {run.path.relative_to(FOLDER)}", flush=True)
-                busy[pool.submit(make, run, data, threads)] = run
+                busy[pool.submit(make, run, paths, threads)] = run
             if not busy:
                 return
             for future in concurrent.futures.wait(busy, return_when=concurrent.futures.FIRST_COMPLETED).done:
@@ -145,13 +173,13 @@ def values(cell: Cell) -> tuple[float | None, list[float]]:
         return None, []
     lr, _ = rate(cell)
     results = [Run(*cell, lr, seed, False).result() for seed in SEEDS]
-    return lr, [result.get("metrics", {}).get(TASKS[cell[0]][2], math.nan) for result in results]
+    return lr, [result.get("metrics", {}).get(TASKS[cell[0]].metric, math.nan) for result in results]
 
 
 def table(tasks: list[str]) -> str:
     """Two Markdown tables: mean ± standard deviation over seeds, and SparseGrad's lead, seed by seed."""
-    columns = [(task, setting) for task in tasks for setting in SETTINGS[task]]
-    heads = [f"{task}, {setting} ({TASKS[task][2].removeprefix('eval_')})" for task, setting in columns]
+    columns = [(task, setting) for task in tasks for setting in TASKS[task].settings]
+    heads = [f"{task}, {setting} ({TASKS[task].metric.removeprefix('eval_')})" for task, setting in columns]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
     found = {(column, method): values((*column, method)) for column in columns for method in METHODS}
     for method in METHODS:
@@ -168,7 +196,7 @@ def table(tasks: list[str]) -> str:
 
 
 def lead(task: str, ours: list[float], theirs: list[float]) -> str:
-    sign = -1 if TASKS[task][2] == "eval_loss" else 1
+    sign = -1 if TASKS[task].metric == "eval_loss" else 1
     return spread([sign * (a - b) for a, b in zip(ours, theirs)], "+")
 
 
@@ -182,8 +210,8 @@ def main() -> None:
     parser = finetune.Parser(description=__doc__.split("\n\n")[0])
     parsers = parser.add_subparsers(dest="do", required=True)
     run = parsers.add_parser("run", help="make the runs that are missing")
-    run.add_argument("--glue", help="GLUE's folder, with SST-2, MRPC and STS-B")
-    run.add_argument("--oasst", help="OpenAssistant's messages, a jsonl file")
+    for path, what in PATHS.items():
+        run.add_argument(f"--{path}", help=what)
     run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     run.add_argument("--settings", nargs="+", choices=("paper", "freeze"), default=["paper", "freeze"])
     run.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -193,13 +221,14 @@ def main() -> None:
     if args.do == "table":
         print(table(list(TASKS)))
         return
-    data = {"glue_run.py": args.glue, "llama_run.py": args.oasst}
     for task in args.tasks:
-        if data[TASKS[task][0].split()[0]] is None:
-            parser.error(f"task {task} needs --{'oasst' if task == 'oasst' else 'glue'}")
-        if not set(args.settings) & set(SETTINGS[task]):
-            parser.error(f"task {task} has no setting {', '.join(args.settings)}, only {', '.join(SETTINGS[task])}")
-    run_all([(t, s, m) for t in args.tasks for s in SETTINGS[t] if s in args.settings for m in args.methods], data, args.lanes)
+        for path in TASKS[task].paths:
+            if getattr(args, path) is None:
+                parser.error(f"task {task} needs --{path}: {PATHS[path]}")
+        if not set(args.settings) & set(TASKS[task].settings):
+            parser.error(f"task {task} has no setting {', '.join(args.settings)}, only {', '.join(TASKS[task].settings)}")
+    cells = [(t, s, m) for t in args.tasks for s in TASKS[t].settings if s in args.settings for m in args.methods]
+    run_all(cells, {path: getattr(args, path) for path in PATHS}, args.lanes)
 
 
 if __name__ == "__main__":

@@ -322,6 +322,7 @@ def run_seed(args, folder, task, model_name, hub, splits, used) -> dict:
         trainer_options=dict(
             train_dataset=data["train"], eval_dataset=dev if "matched" in dev else dev["dev"], data_collator=collate,
             compute_metrics=lambda prediction: glue_metrics(task["metrics"], prediction), callbacks=callbacks,
+            preprocess_logits_for_metrics=lambda logits, _: logits[0] if isinstance(logits, tuple) else logits,  # T5 gives more
         ),
     )  # fmt: skip
 

@@ -34,6 +34,9 @@ import llama_run
 import sparsegrad
 
 HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE / "results" / "other-models"))
+import vit  # noqa: E402
+
 SHARED = HERE.parent / "shared" / "data"
 GLUE = SHARED / "glue"
 OASST = SHARED / "oasst1" / "oasst1_en_validation.messages.jsonl"
@@ -1591,12 +1594,12 @@ def test_the_experiments_table_gives_means_spreads_and_leads(claim):
 
 
 def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim, model_folder, data_folder, monkeypatch):
-    tiny = f"glue_run.py --task sst2 --max-steps 1 --batch-size 4 --model {model_folder}"
-    monkeypatch.setitem(experiments.TASKS, "sst2", (tiny, 8, "eval_accuracy", 4))
+    tiny = f"glue_run.py --task sst2 --data {{glue}} --max-steps 1 --batch-size 4 --model {model_folder}"
+    monkeypatch.setitem(experiments.TASKS, "sst2", experiments.TASKS["sst2"]._replace(options=tiny, held_out=8))
     claim(3e-4, 0, True, 0.0)
     before = experiments.Run(*CELL, 3e-4, 0, True).path.read_bytes()
     claim(1e-4, 0, True, 9.0)  # so 3e-4 is the best, wherever the others come to
-    experiments.run_all([CELL], {"glue_run.py": str(data_folder)}, lanes=2)
+    experiments.run_all([CELL], {"glue": str(data_folder)}, lanes=2)
     assert experiments.missing(CELL) == [] and experiments.Run(*CELL, 3e-4, 0, True).path.read_bytes() == before
     final = experiments.Run(*CELL, 3e-4, 4, False).result()
     assert final["arguments"]["freeze"] and final["arguments"]["held_out"] is None and final["seed"] == 4
@@ -1604,17 +1607,17 @@ def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim,
     assert chosen["arguments"]["held_out"] == 8 and chosen["arguments"]["lr"] == 1e-3 and chosen["used"]["train_rows"] == 16
     monkeypatch.setitem(experiments.METHODS, "lora", "--method lora --rank 10000")
     with pytest.raises(finetune.UserError, match="beyond"):
-        experiments.make(experiments.Run(*CELL, 1e-5, 9, False), {"glue_run.py": str(data_folder)}, 1)
+        experiments.make(experiments.Run(*CELL, 1e-5, 9, False), {"glue": str(data_folder)}, 1)
     assert not experiments.Run(*CELL, 1e-5, 9, False).path.exists()
 
 
 @pytest.mark.parametrize(
-    "task, setting, method", [(t, s, m) for t in experiments.TASKS for s in experiments.SETTINGS[t] for m in experiments.METHODS]
+    "task, setting, method",
+    [(t, s, m) for t in experiments.TASKS for s in experiments.TASKS[t].settings for m in experiments.METHODS],
 )
 def test_every_command_of_the_experiments_is_one_its_script_takes(task, setting, method, monkeypatch):
-    data = {"glue_run.py": "glue", "llama_run.py": "oasst.jsonl"}
-    command = experiments.Run(task, setting, method, 1e-3, 4, True).command(data, "out")
-    script = {"glue_run.py": glue_run, "llama_run.py": llama_run}[pathlib.Path(command[1]).name]
+    command = experiments.Run(task, setting, method, 1e-3, 4, True).command(dict.fromkeys(experiments.PATHS, "a path"), "out")
+    script = {"glue_run.py": glue_run, "llama_run.py": llama_run, "vit.py": vit}[pathlib.Path(command[1]).name]
     monkeypatch.setattr(sys, "argv", command[1:])
     args = script.parse()
     assert args.method == ("sparsegrad" if "," in method or method == "own" else method)
@@ -1622,11 +1625,67 @@ def test_every_command_of_the_experiments_is_one_its_script_takes(task, setting,
     assert method == "ft" or args.k in (0.01, 1.0)
 
 
+@pytest.mark.parametrize("method", ["ft", "lora", "sparsegrad"])
+def test_glue_run_takes_a_t5(method, data_folder, tmp_path, monkeypatch):
+    words = ["<pad>", "</s>", "<unk>", *sorted(set(" ".join(GOOD + BAD).split()))]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(tmp_path / "t5")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    transformers.T5Model(config).save_pretrained(tmp_path / "t5")
+    options = ["--task", "sst2", "--freeze", "--model", str(tmp_path / "t5"), "--data", str(data_folder), "--batch-size", "4"]
+    options += ["--lr", "1e-2", "--epochs", "2", "--method", method, "--output-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["glue_run.py", *options])
+    finetune.run(glue_run.main)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["linears"] == 4 and 0 < results["metrics"]["eval_loss"] < 2  # an encoder's block, a decoder's
+
+
+@pytest.fixture
+def images(tmp_path):
+    """60 images of 4 x 4, of class 1 where the upper half is the lighter one."""
+    pixels = np.random.default_rng(0).integers(0, 100, (60, 16))
+    classes = np.arange(60) % 2
+    pixels[classes == 1, :8] += 150
+    np.savetxt(tmp_path / "images.csv.gz", np.column_stack((pixels, classes)), fmt="%d", delimiter=",")
+    return tmp_path / "images.csv.gz"
+
+
+@pytest.mark.parametrize("method", ["ft", "lora", "sparsegrad"])
+def test_vit_learns_from_images(method, images, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=8)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--data", str(images), "--image-size", "8", "--batch-size", "8", "--epochs", "6"]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["vit.py", *options, "--method", method, "--lr", "3e-2", "--output-dir", str(tmp_path / "run"), "--held-out", "8"],
+    )
+    finetune.run(vit.main)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["used"]["train_rows"] == 40 and results["linears"] == 2
+    assert results["metrics"]["eval_accuracy"] >= 0.9 and results["metrics"]["eval_loss"] < 0.5
+
+
+def test_vit_refuses_what_is_no_square(tmp_path, monkeypatch, capsys):
+    (tmp_path / "images.csv").write_text("1,2,3,0\n")
+    monkeypatch.setattr(sys, "argv", ["vit.py", "--model", "m", "--data", str(tmp_path / "images.csv"), "--lr", "1"])
+    with pytest.raises(SystemExit):
+        finetune.run(vit.main)
+    assert "4 numbers a row, where it should be a square's pixels and a class" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (["table", "--tasks", "sst2"], "unrecognized"),
-        (["run", "--tasks", "oasst"], "task oasst needs --oasst"),
+        (["run", "--tasks", "oasst"], "task oasst needs --oasst: OpenAssistant's messages"),
         (["run", "--tasks", "oasst", "--oasst", "x", "--settings", "paper"], "has no setting paper, only freeze"),
     ],
 )

