@@ -64,6 +64,22 @@ METHODS = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "own, rank 128": "--method sparsegrad --k 0.01 --share layer --rank 128",
     "narrow, all entries": "--method sparsegrad --k 1.0 --sides narrow --rank {}",
 }
+ABLATIONS = {  # of "own, rank 128" or of "sparsegrad", one thing changed in each
+    "own, rank 128, random": "--method sparsegrad --k 0.01 --share layer --rank 128 @random",
+    "own, rank 128, 5 steps": "--method sparsegrad --k 0.01 --share layer --rank 128 --basis-steps 5",
+    "own, rank 128, 120 steps": "--method sparsegrad --k 0.01 --share layer --rank 128 --basis-steps 120",
+    "own, rank 128, all entries": "--method sparsegrad --k 1.0 --share layer --rank 128",
+    "own, rank 128, k 0.1 %": "--method sparsegrad --k 0.001 --share layer --rank 128",
+    "own, rank 77, all entries": "--method sparsegrad --k 1.0 --share layer --rank 77",
+    "own, rank 256": "--method sparsegrad --k 0.01 --share layer --rank 256",
+    "own, narrow": "--method sparsegrad --k 0.01 --share layer --sides narrow",
+    "shared, rank 128": "--method sparsegrad --k 0.01 --rank 128",
+    "shared, transposed": "--method sparsegrad --k 0.01 @transposed",
+    "shared, k 0.1 %": "--method sparsegrad --k 0.001",
+    "shared, k 10 %": "--method sparsegrad --k 0.1",
+    "shared, k 100 %": "--method sparsegrad --k 1.0",
+}
+OPTIONS = METHODS | ABLATIONS
 PATHS = {
     "glue": "GLUE's folder, with SST-2, MRPC and STS-B",
     "oasst": "OpenAssistant's messages, a jsonl file",
@@ -87,13 +103,16 @@ class Run(NamedTuple):
 
     @property
     def path(self) -> pathlib.Path:
-        name = f"{self.method.replace(', ', '-').replace(' ', '')}-lr{self.lr:.0e}-seed{self.seed}{'-held-out' * self.held_out}"
+        method = self.method.replace(", ", "-").replace(" ", "").replace("%", "")
+        name = f"{method}-lr{self.lr:.0e}-seed{self.seed}{'-held-out' * self.held_out}"
         return FOLDER / f"{self.task}-{self.setting}" / f"{name}.json"
 
     def command(self, paths: dict[str, str], output: str) -> list[str]:
         task = TASKS[self.task]
         script, *options = (word.format(**paths) for word in task.options.split())
-        words = [sys.executable, str(HERE / script), *options, *METHODS[self.method].format(task.narrow_rank).split()]
+        of_method, _, bases = OPTIONS[self.method].format(task.narrow_rank).partition(" @")
+        words = [str(HERE / "results/claim/other_bases.py"), bases, script] if bases else [str(HERE / script)]
+        words = [sys.executable, *words, *options, *of_method.split()]
         words += ["--lr", f"{self.lr:g}", "--seed", str(self.seed), "--output-dir", output]
         if self.setting == "freeze" and script == "glue_run.py":  # the others do no else
             words.append("--freeze")
@@ -179,10 +198,11 @@ def values(cell: Cell) -> tuple[float | None, list[float]]:
 def table(tasks: list[str]) -> str:
     """Two Markdown tables: mean ± standard deviation over seeds, and SparseGrad's lead, seed by seed."""
     columns = [(task, setting) for task in tasks for setting in TASKS[task].settings]
+    found = {(column, method): values((*column, method)) for column in columns for method in OPTIONS}
+    columns = [column for column in columns if any(found[column, method][1] for method in OPTIONS)]
     heads = [f"{task}, {setting} ({TASKS[task].metric.removeprefix('eval_')})" for task, setting in columns]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
-    found = {(column, method): values((*column, method)) for column in columns for method in METHODS}
-    for method in METHODS:
+    for method in OPTIONS:
         cells = [f"{spread(of)} ({lr:g})" if of else "" for lr, of in (found[column, method] for column in columns)]
         if any(cells):
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
@@ -214,7 +234,7 @@ def main() -> None:
         run.add_argument(f"--{path}", help=what)
     run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     run.add_argument("--settings", nargs="+", choices=("paper", "freeze"), default=["paper", "freeze"])
-    run.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    run.add_argument("--methods", nargs="+", choices=OPTIONS, default=list(METHODS))
     run.add_argument("--lanes", type=finetune.number(int, 1), default=2, help="so many at a time, which share the cores")
     parsers.add_parser("table", help="print the tables of those there are")
     args = parser.parse_args()

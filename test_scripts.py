@@ -34,7 +34,8 @@ import llama_run
 import sparsegrad
 
 HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE / "results" / "other-models"))
+sys.path[:0] = [str(HERE / "results" / "other-models"), str(HERE / "results" / "claim")]
+import other_bases  # noqa: E402
 import vit  # noqa: E402
 
 SHARED = HERE.parent / "shared" / "data"
@@ -1585,10 +1586,10 @@ def test_the_experiments_table_gives_means_spreads_and_leads(claim):
             assert f"| {method} |" not in experiments.table(["sst2"])  # not before all seeds are there
             claim(1e-3, seed, False, 0.3, value, cell=cell)
     printed = experiments.table(["sst2"])
-    assert "| lora |  | 0.9000 ± 0.1000 (0.001) |" in printed and "| sparsegrad |  | 1.0000 ± 0.1732 (0.001) |" in printed
-    assert "| sparsegrad | lora |  | +0.1000 ± 0.1000 |" in printed
+    assert "| lora | 0.9000 ± 0.1000 (0.001) |" in printed and "| sparsegrad | 1.0000 ± 0.1732 (0.001) |" in printed
+    assert "| sparsegrad | lora | +0.1000 ± 0.1000 |" in printed
     claim(1e-3, 4, False, None, cell=(*CELL[:2], "sparsegrad"))
-    assert "| sparsegrad |  | diverged (0.001) |" in experiments.table(["sst2"])
+    assert "| sparsegrad | diverged (0.001) |" in experiments.table(["sst2"])
     loss = experiments.lead("oasst", [1.0, 1.2], [1.5, 1.7])  # lower is better
     assert loss == "+0.5000 ± 0.0000"
 
@@ -1605,7 +1606,7 @@ def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim,
     assert final["arguments"]["freeze"] and final["arguments"]["held_out"] is None and final["seed"] == 4
     chosen = experiments.Run(*CELL, 1e-3, 0, True).result()
     assert chosen["arguments"]["held_out"] == 8 and chosen["arguments"]["lr"] == 1e-3 and chosen["used"]["train_rows"] == 16
-    monkeypatch.setitem(experiments.METHODS, "lora", "--method lora --rank 10000")
+    monkeypatch.setitem(experiments.OPTIONS, "lora", "--method lora --rank 10000")
     with pytest.raises(finetune.UserError, match="beyond"):
         experiments.make(experiments.Run(*CELL, 1e-5, 9, False), {"glue": str(data_folder)}, 1)
     assert not experiments.Run(*CELL, 1e-5, 9, False).path.exists()
@@ -1613,16 +1614,36 @@ def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim,
 
 @pytest.mark.parametrize(
     "task, setting, method",
-    [(t, s, m) for t in experiments.TASKS for s in experiments.TASKS[t].settings for m in experiments.METHODS],
+    [(t, s, m) for t in experiments.TASKS for s in experiments.TASKS[t].settings for m in experiments.METHODS]
+    + [("stsb", "freeze", m) for m in experiments.ABLATIONS],
 )
 def test_every_command_of_the_experiments_is_one_its_script_takes(task, setting, method, monkeypatch):
     command = experiments.Run(task, setting, method, 1e-3, 4, True).command(dict.fromkeys(experiments.PATHS, "a path"), "out")
+    if pathlib.Path(command[1]).name == "other_bases.py":
+        assert command.pop(1) and method.endswith(command.pop(1))
     script = {"glue_run.py": glue_run, "llama_run.py": llama_run, "vit.py": vit}[pathlib.Path(command[1]).name]
     monkeypatch.setattr(sys, "argv", command[1:])
     args = script.parse()
-    assert args.method == ("sparsegrad" if "," in method or method == "own" else method)
+    assert args.method == (method if method in (*experiments.PEERS, "sparsegrad") else "sparsegrad")
     assert args.freeze == (setting == "freeze") and args.held_out and args.lr == 1e-3 and args.seed == 4
-    assert method == "ft" or args.k in (0.01, 1.0)
+    assert method == "ft" or args.k in (0.001, 0.01, 0.1, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["random", "transposed"])
+def test_other_bases_take_the_place_of_those_found(kind, model_folder, data_folder, tmp_path, monkeypatch):
+    options = ["--task", "sst2", "--model", str(model_folder), "--data", str(data_folder), "--max-steps", "1", "--batch-size", "4"]
+    for folder, words in (("found", []), ("other", ["other_bases.py", kind])):
+        monkeypatch.setattr(sparsegrad, "find_bases", sparsegrad.find_bases)  # put back afterwards
+        monkeypatch.setattr(sys, "argv", [*words, "glue_run.py", *options, "--output-dir", str(tmp_path / folder)])
+        finetune.run(other_bases.main if words else glue_run.main)
+    found, other = (load_file(tmp_path / folder / finetune.ADAPTER) for folder in ("found", "other"))
+    bases = [key for key in found if key.startswith("sparsegrad.basis.")]
+    assert len(bases) == 4
+    for key in bases:
+        assert torch.allclose(other[key].T @ other[key], torch.eye(len(found[key])), atol=1e-5)
+        assert torch.equal(other[key], found[key].T if kind == "transposed" and key.endswith("U") else found[key]) == (
+            kind == "transposed"
+        )
 
 
 @pytest.mark.parametrize("method", ["ft", "lora", "sparsegrad"])
