@@ -162,6 +162,9 @@ def make(run: Run, paths: dict[str, str], threads: int) -> None:
         if done.returncode == 0:
             results = json.loads(pathlib.Path(output, "results.json").read_text(encoding="utf-8"))
             results["arguments"]["output_dir"] = None  # it was a temporary one
+            for key in ("model", "data"):  # no paths of this machine
+                if os.path.isabs(path := results["arguments"][key] or ""):
+                    results["arguments"][key] = os.path.basename(path)
         elif "lower --lr" in done.stderr:
             results = {"diverged": done.stderr.strip().splitlines()[-1]}
         else:

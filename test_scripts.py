@@ -1605,6 +1605,9 @@ def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim,
     final = experiments.Run(*CELL, 3e-4, 4, False).result()
     assert final["arguments"]["freeze"] and final["arguments"]["held_out"] is None and final["seed"] == 4
     chosen = experiments.Run(*CELL, 1e-3, 0, True).result()
+    assert (
+        chosen["arguments"]["data"] == data_folder.name and chosen["arguments"]["model"] == model_folder.name
+    )  # no paths of this machine
     assert chosen["arguments"]["held_out"] == 8 and chosen["arguments"]["lr"] == 1e-3 and chosen["used"]["train_rows"] == 16
     monkeypatch.setitem(experiments.OPTIONS, "lora", "--method lora --rank 10000")
     with pytest.raises(finetune.UserError, match="beyond"):
