@@ -64,17 +64,18 @@ METHODS = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "own, rank 128": "--method sparsegrad --k 0.01 --share layer --rank 128",
     "narrow, all entries": "--method sparsegrad --k 1.0 --sides narrow --rank {}",
 }
-ABLATIONS = {  # of "own, rank 128" or of "sparsegrad", one thing changed in each
-    "own, rank 128, random": "--method sparsegrad --k 0.01 --share layer --rank 128 @random",
-    "own, rank 128, 5 steps": "--method sparsegrad --k 0.01 --share layer --rank 128 --basis-steps 5",
-    "own, rank 128, 120 steps": "--method sparsegrad --k 0.01 --share layer --rank 128 --basis-steps 120",
+OWN = METHODS["own, rank 128"]
+ABLATIONS = {  # of "own, rank 128" or of "sparsegrad", a thing or two changed in each
+    "own, rank 128, random": f"{OWN} @random",
+    "own, rank 128, 5 steps": f"{OWN} --basis-steps 5",
+    "own, rank 128, 120 steps": f"{OWN} --basis-steps 120",
     "own, rank 128, all entries": "--method sparsegrad --k 1.0 --share layer --rank 128",
     "own, rank 128, k 0.1 %": "--method sparsegrad --k 0.001 --share layer --rank 128",
     "own, rank 77, all entries": "--method sparsegrad --k 1.0 --share layer --rank 77",
-    "own, rank 256": "--method sparsegrad --k 0.01 --share layer --rank 256",
-    "own, narrow": "--method sparsegrad --k 0.01 --share layer --sides narrow",
-    "shared, rank 128": "--method sparsegrad --k 0.01 --rank 128",
-    "shared, transposed": "--method sparsegrad --k 0.01 @transposed",
+    "own, rank 256": f"{METHODS['own']} --rank 256",
+    "own, narrow": f"{METHODS['own']} --sides narrow",
+    "shared, rank 128": f"{METHODS['sparsegrad']} --rank 128",
+    "shared, transposed": f"{METHODS['sparsegrad']} @transposed",
     "shared, k 0.1 %": "--method sparsegrad --k 0.001",
     "shared, k 10 %": "--method sparsegrad --k 0.1",
     "shared, k 100 %": "--method sparsegrad --k 1.0",
