@@ -49,7 +49,7 @@ TASKS = {
                  400, "eval_f1", 4, ("paper", "freeze")),
     "stsb": Task("glue_run.py --task stsb --data {glue} --epochs 3 --schedule linear --bf16",
                  600, "eval_pearson", 4, ("paper", "freeze")),
-    "oasst": Task("llama_run.py --data {oasst} --top-ranked", 30, "eval_loss", 6),
+    "oasst": Task("llama_run.py --data {oasst} --top-ranked --dtype bfloat16", 30, "eval_loss", 6),
     # beyond the paper's models
     "t5": Task("glue_run.py --task sst2 --model {t5} --data {glue} --max-train-samples 4000 --epochs 1 --schedule linear --bf16",
                1000, "eval_accuracy", 5),
