@@ -333,19 +333,21 @@ def search(base: nn.Module, names: list[str], batches: Iterator, args: argparse.
         moments.append(time.perf_counter())
         return bases
 
-    before, costs, found = sum(held(base).values()), {}, []
+    before, costs, complete = sum(held(base).values()), {}, None
     for label, options in SEARCHES.items():
         if options and not args.searches:
             continue
-        peak = before + peak_of(lambda options=options: found.append(find(steps[:2], **options)), args.device)
+        found = []
+        peak = before + peak_of(lambda options=options, found=found: found.append(find(steps[:2], **options)), args.device)
         if len(steps) > 2:  # fewer were timed under the memory profiler
-            found[-1] = find(steps, **options)
+            found = [find(steps, **options)]
+        complete = complete or found[0]  # the first way's
         seconds = {"collecting": moments[-2] - moments[0], "decomposing": moments[-1] - moments[-2]}
         costs[label] = {**seconds, "peak_bytes": peak}
-    training = Run(Method("ft"), base, names, found[0], argparse.Namespace(**vars(args) | {"rest": False}))
+    training = Run(Method("ft"), base, names, complete, argparse.Namespace(**vars(args) | {"rest": False}))
     for batch in steps[:1] + steps:
         training.time(batch)
-    return found[0], {"steps": len(steps), "training": sum(training.seconds[1:]), "ways": costs}
+    return complete, {"steps": len(steps), "training": sum(training.seconds[1:]), "ways": costs}
 
 
 def check_fit(config: transformers.PretrainedConfig, args: argparse.Namespace) -> None:
@@ -403,8 +405,7 @@ def sweep(args: argparse.Namespace) -> list[dict]:
 def table(run: dict) -> str:
     """A Markdown table of one measured setting."""
     methods, options = run["methods"], run["options"]
-    seconds = {name: m["seconds"] for name, m in methods.items()}
-    peers = {name.split(":")[0]: s for name, s in reversed(seconds.items())}
+    peers = {name.split(":")[0]: name for name in reversed(methods)}
     if options["rest"]:
         peers.pop("frozen", None)  # it has no gradients before the first MLP, and is no floor
     lines = [
@@ -416,8 +417,7 @@ def table(run: dict) -> str:
     ]
     for name, m in methods.items():
         rate, high, low = (f"{1 / s:.3g}" for s in (m["seconds"], *m["quartiles"]))
-        ratios = [f"{peers[peer] / m['seconds']:.2f}" if peer in peers else "" for peer in ("lora", "ft")]
-        ratios.append(f"{m['seconds'] / peers['frozen']:.2f}" if "frozen" in peers else "")
+        ratios = [ratio(run, peers.get("lora"), name), ratio(run, peers.get("ft"), name), ratio(run, name, peers.get("frozen"))]
         mib = [f"{m[key] / 2**20:,.0f}" for key in ("peak_bytes", "saved_bytes", "optimizer_bytes")]
         cells = [f"{rate} ({low} to {high})", *ratios, *mib, f"{m['trainable']:,}", f"{m['touched']:,}"]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
@@ -463,7 +463,7 @@ def goals(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def ratio(run: dict, a: str, b: str, key: str = "seconds") -> str:
+def ratio(run: dict, a: str | None, b: str | None, key: str = "seconds") -> str:
     """Of two methods of a run; empty if it has not both."""
     m = run["methods"]
     return f"{m[a][key] / m[b][key]:.2f}" if a in m and b in m else ""

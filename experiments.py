@@ -2,6 +2,7 @@
 
     python experiments.py run --glue DIR --oasst FILE --tasks sst2 mrpc stsb oasst    every run that results/claim has not yet
     python experiments.py table                                                       the tables, from what it has
+    python experiments.py figure FILE                                                 the README's figure, likewise
 
 A cell is a task, a setting (all but the MLP linears trains densely, as in the paper, or only
 the method and the head: `freeze`) and a method. In each cell the learning rate with the lowest
@@ -45,16 +46,16 @@ class Task(NamedTuple):
 TASKS = {
     "sst2": Task("glue_run.py --task sst2 --data {glue} --max-train-samples 8000 --epochs 1 --schedule linear",
                  1000, "eval_accuracy", 4, ("paper", "freeze")),
-    "mrpc": Task("glue_run.py --task mrpc --data {glue} --epochs 3 --schedule linear --bf16",
+    "mrpc": Task("glue_run.py --task mrpc --data {glue} --epochs 3 --schedule linear",
                  400, "eval_f1", 4, ("paper", "freeze")),
-    "stsb": Task("glue_run.py --task stsb --data {glue} --epochs 3 --schedule linear --bf16",
+    "stsb": Task("glue_run.py --task stsb --data {glue} --epochs 3 --schedule linear",
                  600, "eval_pearson", 4, ("paper", "freeze")),
-    "oasst": Task("llama_run.py --data {oasst} --top-ranked --dtype bfloat16", 30, "eval_loss", 6),
-    # beyond the paper's models
-    "t5": Task("glue_run.py --task sst2 --model {t5} --data {glue} --max-train-samples 4000 --epochs 1 --schedule linear --bf16",
+    "oasst": Task("llama_run.py --data {oasst} --top-ranked", 30, "eval_loss", 6),
+    "t5": Task("glue_run.py --task sst2 --model {t5} --data {glue} --max-train-samples 4000 --epochs 1 --schedule linear",
                1000, "eval_accuracy", 5),
-    "vit": Task("results/other-models/vit.py --model {vit} --data {images} --bf16", 800, "eval_accuracy", 4),
+    "vit": Task("results/other-models/vit.py --model {vit} --data {images}", 800, "eval_accuracy", 4),
 }  # fmt: skip
+OTHER_MODELS = ("t5", "vit")  # beyond the paper's
 METHODS = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "ft": "--method ft",
     "lora": "--method lora --k 0.01",
@@ -80,6 +81,7 @@ ABLATIONS = {  # of "own, rank 128" or of "sparsegrad", a thing or two changed i
     "shared, k 10 %": "--method sparsegrad --k 0.1",
     "shared, k 100 %": "--method sparsegrad --k 1.0",
 }
+ABLATED = ("sparsegrad", "own", "own, rank 128")  # what they are beside
 OPTIONS = METHODS | ABLATIONS
 PATHS = {
     "glue": "GLUE's folder, with SST-2, MRPC and STS-B",
@@ -108,7 +110,7 @@ class Run(NamedTuple):
         name = f"{method}-lr{self.lr:.0e}-seed{self.seed}{'-held-out' * self.held_out}"
         return FOLDER / f"{self.task}-{self.setting}" / f"{name}.json"
 
-    def command(self, paths: dict[str, str], output: str) -> list[str]:
+    def command(self, paths: dict[str, str], output: str, bf16: bool = False) -> list[str]:
         task = TASKS[self.task]
         script, *options = (word.format(**paths) for word in task.options.split())
         of_method, _, bases = OPTIONS[self.method].format(task.narrow_rank).partition(" @")
@@ -117,6 +119,8 @@ class Run(NamedTuple):
         words += ["--lr", f"{self.lr:g}", "--seed", str(self.seed), "--output-dir", output]
         if self.setting == "freeze" and script == "glue_run.py":  # the others do no else
             words.append("--freeze")
+        if bf16:
+            words += ["--dtype", "bfloat16"] if script == "llama_run.py" else ["--bf16"]
         return words + ["--held-out", str(task.held_out)] * self.held_out
 
     def result(self) -> dict | None:
@@ -150,12 +154,12 @@ def missing(cell: Cell) -> list[Run]:
     return to_choose or [run for seed in SEEDS if (run := Run(*cell, lr, seed, False)).result() is None]
 
 
-def make(run: Run, paths: dict[str, str], threads: int) -> None:
+def make(run: Run, paths: dict[str, str], threads: int, bf16: bool = False) -> None:
     """Run it, and store what came out; UserError if it failed otherwise than by diverging."""
     with tempfile.TemporaryDirectory() as folder:
         output = os.path.join(folder, "run")
         done = subprocess.run(
-            run.command(paths, output),
+            run.command(paths, output, bf16),
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
@@ -173,7 +177,7 @@ def make(run: Run, paths: dict[str, str], threads: int) -> None:
     finetune.write_json(run.path, results)
 
 
-def run_all(cells: list[Cell], paths: dict[str, str], lanes: int) -> None:
+def run_all(cells: list[Cell], paths: dict[str, str], lanes: int, bf16: bool = False) -> None:
     """Every missing run of `cells`, `lanes` at a time."""
     threads = max(1, (os.cpu_count() or 1) // lanes)
     with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
@@ -182,7 +186,7 @@ def run_all(cells: list[Cell], paths: dict[str, str], lanes: int) -> None:
             waiting = [run for cell in cells for run in missing(cell) if run not in busy.values()]
             for run in waiting[: lanes - len(busy)]:
                 print(f"{time.strftime('%H:%M')} {run.path.relative_to(FOLDER)}", flush=True)
-                busy[pool.submit(make, run, paths, threads)] = run
+                busy[pool.submit(make, run, paths, threads, bf16)] = run
             if not busy:
                 return
             for future in concurrent.futures.wait(busy, return_when=concurrent.futures.FIRST_COMPLETED).done:
@@ -190,33 +194,64 @@ def run_all(cells: list[Cell], paths: dict[str, str], lanes: int) -> None:
                 future.result()
 
 
-def values(cell: Cell) -> tuple[float | None, list[float]]:
-    """(the chosen learning rate, what the final runs of a cell came to, seed by seed); (None, []) if they are not all there."""
-    if missing(cell):
+Values = tuple[float | None, list[float]]  # the chosen learning rate, what each of SEEDS came to
+
+
+def values(cell: Cell) -> Values:
+    """(None, []) unless all runs of the cell are there."""
+    lr, to_choose = rate(cell)
+    results = [Run(*cell, lr, seed, False).result() for seed in SEEDS] if not to_choose else [None]
+    if None in results:
         return None, []
-    lr, _ = rate(cell)
-    results = [Run(*cell, lr, seed, False).result() for seed in SEEDS]
     return lr, [result.get("metrics", {}).get(TASKS[cell[0]].metric, math.nan) for result in results]
 
 
-def table(tasks: list[str]) -> str:
-    """Two Markdown tables: mean ± standard deviation over seeds, and SparseGrad's lead, seed by seed."""
-    columns = [(task, setting) for task in tasks for setting in TASKS[task].settings]
-    found = {(column, method): values((*column, method)) for column in columns for method in OPTIONS}
-    columns = [column for column in columns if any(found[column, method][1] for method in OPTIONS)]
-    heads = [f"{task}, {setting} ({TASKS[task].metric.removeprefix('eval_')})" for task, setting in columns]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
-    for method in OPTIONS:
-        cells = [f"{spread(of)} ({lr:g})" if of else "" for lr, of in (found[column, method] for column in columns)]
-        if any(cells):
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    lines += ["", "| lead of | over | " + " | ".join(heads) + " |", "|---" * (len(columns) + 2) + "|"]
-    for method in [method for method in METHODS if method not in PEERS]:
-        for other in PEERS:
-            cells = [lead(column[0], found[column, method][1], found[column, other][1]) for column in columns]
-            if any(cells):
-                lines.append(f"| {method} | {other} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+Column = tuple[str, str]  # task, setting
+
+
+def head(column: Column) -> str:
+    task, setting = column
+    return f"{task}, {setting} ({TASKS[task].metric.removeprefix('eval_')})"
+
+
+def grid(corner: list[str], columns: list[str], rows: dict[tuple[str, ...], list[str]]) -> str:
+    """A Markdown table of the rows that hold something."""
+    lines = ["| " + " | ".join([*corner, *columns]) + " |", "|---" * (len(corner) + len(columns)) + "|"]
+    return "\n".join(lines + ["| " + " | ".join([*name, *cells]) + " |" for name, cells in rows.items() if any(cells)])
+
+
+def tables() -> dict[str, str]:
+    """Title -> Markdown table, of those with a row: mean ± standard deviation over seeds (learning rate); SparseGrad's
+    lead, seed by seed."""
+    every = [(task, setting) for task in TASKS for setting in TASKS[task].settings]
+    found = {(column, method): values((*column, method)) for column in every for method in OPTIONS}
+
+    def having(methods, of=lambda task: True) -> list[Column]:
+        return [column for column in every if of(column[0]) and any(found[column, method][1] for method in methods)]
+
+    def rows(methods, columns) -> dict[tuple[str, ...], list[str]]:
+        return {(method,): [told(*found[column, method]) for column in columns] for method in methods}
+
+    claim = having(METHODS, lambda task: task not in OTHER_MODELS)
+    others = having(METHODS, lambda task: task in OTHER_MODELS)
+    ablated = having(ABLATIONS)
+    used = [method for method in METHODS if any(found[column, method][1] for column in others)]
+    leads = {
+        (ours, peer): [lead(column[0], found[column, ours][1], found[column, peer][1]) for column in claim]
+        for ours in METHODS if ours not in PEERS
+        for peer in PEERS
+    }  # fmt: skip
+    made = {
+        "The claim": grid([""], [head(column) for column in claim], rows(METHODS, claim)),
+        "Leads": grid(["lead of", "over"], [head(column) for column in claim], leads),
+        "Ablations": grid([""], [head(column) for column in ablated], rows([*ABLATED, *ABLATIONS], ablated)),
+        "Other models": grid([""], used, {(head(c),): [told(*found[c, method]) for method in used] for c in others}),
+    }
+    return {title: table for title, table in made.items() if table.count("\n") > 1}
+
+
+def told(lr: float | None, of: list[float]) -> str:
+    return f"{spread(of)} ({lr:g})" if of else ""
 
 
 def lead(task: str, ours: list[float], theirs: list[float]) -> str:
@@ -230,6 +265,36 @@ def spread(of: list[float], sign: str = "") -> str:
     return f"{statistics.mean(of):{sign}.4f} ± {statistics.stdev(of):.4f}" if of else ""
 
 
+def figure(path: pathlib.Path) -> None:
+    """A panel a column: every seed a dot, their mean a bar, a row a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = {}
+    for task in TASKS:
+        for setting in TASKS[task].settings:
+            found = {method: of for method in METHODS if (of := values((task, setting, method))[1])}
+            if len(found) > 1:
+                columns[task, setting] = found
+    drawn, axes = plt.subplots(
+        1, len(columns), figsize=(1.2 + 2.4 * len(columns), 2.6), layout="constrained", sharey=True, squeeze=False
+    )
+    names = [method for method in METHODS if any(method in found for found in columns.values())]
+    for ax, (column, found) in zip(axes[0], columns.items()):
+        for method, of in found.items():
+            at, color = names.index(method), "#000000" if method in PEERS else "#d95f02"
+            ax.plot(of, [at] * len(of), "o", color=color, alpha=0.5, markersize=5)
+            ax.plot([statistics.mean(of)] * 2, [at - 0.3, at + 0.3], color=color, linewidth=2)
+        ax.set_title(head(column), fontsize="small")
+        ax.set_yticks(range(len(names)), names)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = finetune.Parser(description=__doc__.split("\n\n")[0])
     parsers = parser.add_subparsers(dest="do", required=True)
@@ -240,10 +305,19 @@ def main() -> None:
     run.add_argument("--settings", nargs="+", choices=("paper", "freeze"), default=["paper", "freeze"])
     run.add_argument("--methods", nargs="+", choices=OPTIONS, default=list(METHODS))
     run.add_argument("--lanes", type=finetune.number(int, 1), default=2, help="so many at a time, which share the cores")
+    run.add_argument(
+        "--bf16", action="store_true", help="mixed precision: half the time on a CPU with bf16 instructions, far more on others"
+    )
     parsers.add_parser("table", help="print the tables of those there are")
+    drawn = parsers.add_parser("figure", help="draw them")
+    drawn.add_argument("file", type=pathlib.Path, help="a .png")
     args = parser.parse_args()
     if args.do == "table":
-        print(table(list(TASKS)))
+        print("\n\n".join(f"{title}\n\n{table}" for title, table in tables().items()))
+        return
+    if args.do == "figure":
+        finetune.check_writable("figure", args.file.parent)
+        figure(args.file)
         return
     for task in args.tasks:
         for path in TASKS[task].paths:
@@ -252,7 +326,7 @@ def main() -> None:
         if not set(args.settings) & set(TASKS[task].settings):
             parser.error(f"task {task} has no setting {', '.join(args.settings)}, only {', '.join(TASKS[task].settings)}")
     cells = [(t, s, m) for t in args.tasks for s in TASKS[t].settings if s in args.settings for m in args.methods]
-    run_all(cells, {path: getattr(args, path) for path in PATHS}, args.lanes)
+    run_all(cells, {path: getattr(args, path) for path in PATHS}, args.lanes, args.bf16)
 
 
 if __name__ == "__main__":

@@ -206,6 +206,14 @@ def test_training_learns(glue):
     assert code == 0 and results("out")["metrics"]["eval_accuracy"] > 0.9
 
 
+@pytest.mark.parametrize("capability, said", [("AVX2", True), ("AVX512", False)])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is of CPUs")
+def test_mixed_precision_is_taken_and_a_cpu_without_it_told(glue, monkeypatch, capability, said):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    _, printed, _ = glue("--task", "sst2", *SHORT, "--max-steps", "2", "--bf16", "--output-dir", "bf16")
+    assert results("bf16")["steps"] == 2 and ("this CPU has no bf16 instructions" in printed) == said
+
+
 def test_options_reach_the_method(glue):
     glue("--task", "sst2", *SHORT, "--share", "layer", "--sides", "narrow", "--rank", "6", "--output-dir", "out")
     adapter = load_file("out/sparsegrad.safetensors")
@@ -218,8 +226,6 @@ def test_options_reach_the_method(glue):
     assert not any(torch.equal(sketched[name], basis) for name, basis in bases.items())
     glue("--task", "sst2", *short("ft"), "--method", "lora", "--rank", "5", "--max-train-samples", "16", "--output-dir", "lora")
     assert results("lora")["lora_rank"] == 5 and results("lora")["used"]["train_rows"] == 16
-    glue("--task", "sst2", *SHORT, "--max-steps", "2", "--bf16", "--output-dir", "bf16")
-    assert results("bf16")["steps"] == 2
     for schedule, last in (("constant", 1e-2), ("linear", 0.0)):
         glue("--task", "sst2", *SHORT, "--lr", "1e-2", "--schedule", schedule, "--output-dir", schedule)
         state = torch.load(f"{schedule}/checkpoint-3/scheduler.pt", weights_only=False)
@@ -1583,15 +1589,54 @@ def test_the_experiments_table_gives_means_spreads_and_leads(claim):
         for lr, loss in ((3e-4, 0.4), (1e-3, 0.3), (3e-3, 0.6), (1e-2, 0.6)):
             claim(lr, 0, True, loss, cell=cell)
         for seed, value in zip(experiments.SEEDS, values):
-            assert f"| {method} |" not in experiments.table(["sst2"])  # not before all seeds are there
+            told = experiments.tables().get("The claim", "")
+            assert f"| {method} |" not in told  # not before all seeds are there
             claim(1e-3, seed, False, 0.3, value, cell=cell)
-    printed = experiments.table(["sst2"])
-    assert "| lora | 0.9000 ± 0.1000 (0.001) |" in printed and "| sparsegrad | 1.0000 ± 0.1732 (0.001) |" in printed
-    assert "| sparsegrad | lora | +0.1000 ± 0.1000 |" in printed
+    printed = experiments.tables()
+    assert list(printed) == ["The claim", "Leads"]  # nothing was run of the others
+    assert "| lora | 0.9000 ± 0.1000 (0.001) |\n| sparsegrad | 1.0000 ± 0.1732 (0.001) |" in printed["The claim"]
+    assert "| sparsegrad | lora | +0.1000 ± 0.1000 |" in printed["Leads"]
     claim(1e-3, 4, False, None, cell=(*CELL[:2], "sparsegrad"))
-    assert "| sparsegrad | diverged (0.001) |" in experiments.table(["sst2"])
+    assert "| sparsegrad | diverged (0.001) |" in experiments.tables()["The claim"]
     loss = experiments.lead("oasst", [1.0, 1.2], [1.5, 1.7])  # lower is better
     assert loss == "+0.5000 ± 0.0000"
+
+
+def test_ablations_stand_beside_what_they_change_and_other_models_a_line_each(claim):
+    for cell, value in (
+        (("vit", "freeze", "lora"), 0.5),
+        (("vit", "freeze", "own, rank 128"), 0.6),
+        (("vit", "freeze", "own, rank 256"), 0.7),
+    ):
+        for lr, loss in zip((3e-4, 1e-3, 3e-3, 1e-2), (0.4, 0.3, 0.6, 0.6)):
+            claim(lr, 0, True, loss, cell=cell)
+        for seed in experiments.SEEDS:
+            claim(1e-3, seed, False, 0.3, value, cell=cell)
+    printed = experiments.tables()
+    assert list(printed) == ["Ablations", "Other models"]
+    own, wider = "| own, rank 128 | 0.6000 ± 0.0000 (0.001) |", "| own, rank 256 | 0.7000 ± 0.0000 (0.001) |"
+    assert f"{own}\n{wider}" in printed["Ablations"] and "lora" not in printed["Ablations"]
+    header, _, row = printed["Other models"].splitlines()
+    assert header == "|  | lora | own, rank 128 |"
+    assert row == "| vit, freeze (accuracy) | 0.5000 ± 0.0000 (0.001) | 0.6000 ± 0.0000 (0.001) |"
+
+
+def test_the_experiments_figure_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "figure", str(tmp_path / "claim.png")])
+    experiments.main()
+    assert (tmp_path / "claim.png").stat().st_size > 10**4
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "figure", str(tmp_path / "none" / "claim.png")])
+    (tmp_path / "none").write_text("a file")
+    with pytest.raises(finetune.UserError, match="none"):
+        experiments.main()
+
+
+def test_the_tables_of_the_claim_are_those_of_the_stored_runs():
+    tables = experiments.tables()
+    for folder, titles in {"claim": ("The claim", "Leads", "Ablations"), "other-models": ("Other models",)}.items():
+        told = (HERE / "results" / folder / "README.md").read_text(encoding="utf-8")
+        for title in titles:
+            assert tables.get(title, "") in told, f"results/{folder}/README.md is not what `python experiments.py table` prints"
 
 
 def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim, model_folder, data_folder, monkeypatch):
@@ -1609,6 +1654,10 @@ def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim,
         chosen["arguments"]["data"] == data_folder.name and chosen["arguments"]["model"] == model_folder.name
     )  # no paths of this machine
     assert chosen["arguments"]["held_out"] == 8 and chosen["arguments"]["lr"] == 1e-3 and chosen["used"]["train_rows"] == 16
+    mixed = experiments.Run(*CELL, 1e-5, 9, False)
+    experiments.make(mixed, {"glue": str(data_folder)}, 1, bf16=True)
+    assert mixed.result()["arguments"]["bf16"] and not final["arguments"]["bf16"]
+    mixed.path.unlink()
     monkeypatch.setitem(experiments.OPTIONS, "lora", "--method lora --rank 10000")
     with pytest.raises(finetune.UserError, match="beyond"):
         experiments.make(experiments.Run(*CELL, 1e-5, 9, False), {"glue": str(data_folder)}, 1)
@@ -1627,6 +1676,7 @@ def test_every_command_of_the_experiments_is_one_its_script_takes(task, setting,
     script = {"glue_run.py": glue_run, "llama_run.py": llama_run, "vit.py": vit}[pathlib.Path(command[1]).name]
     monkeypatch.setattr(sys, "argv", command[1:])
     args = script.parse()
+    assert not args.bf16 or torch.cuda.is_available()  # llama_run.py's default there
     assert args.method == (method if method in (*experiments.PEERS, "sparsegrad") else "sparsegrad")
     assert args.freeze == (setting == "freeze") and args.held_out and args.lr == 1e-3 and args.seed == 4
     assert method == "ft" or args.k in (0.001, 0.01, 0.1, 1.0)
