@@ -34,7 +34,8 @@ import llama_run
 import sparsegrad
 
 HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE / "results" / "other-models"), str(HERE / "results" / "claim")]
+sys.path[:0] = [str(HERE / "results" / folder) for folder in ("other-models", "claim", "benchmark")]
+import energy  # noqa: E402
 import other_bases  # noqa: E402
 import vit  # noqa: E402
 
@@ -1539,7 +1540,7 @@ def test_the_benchmark_times_every_search(run_benchmark, tmp_path):
 
 def test_the_tables_are_those_of_the_stored_runs():
     """README's and those in results/benchmark are what `--table` and `--goals` print."""
-    runs = [path for path in sorted((HERE / "results" / "benchmark").glob("*.json")) if path.stem != "sweep"]
+    runs = [path for path in sorted((HERE / "results" / "benchmark").glob("*.json")) if path.stem not in ("energy", "sweep")]
     told = (HERE / "results" / "benchmark" / "README.md").read_text(encoding="utf-8")
     assert len(runs) > 5
     for path in runs:
@@ -1547,6 +1548,10 @@ def test_the_tables_are_those_of_the_stored_runs():
         assert benchmark.table(run) in told, path.name
         row = benchmark.goals([run]).splitlines()[2]
         assert row in told or benchmark.FAST not in run["methods"] and benchmark.CUT not in run["methods"], path.name
+    for table in energy.tables(
+        json.loads((HERE / "results" / "benchmark" / "energy.json").read_text(encoding="utf-8"))["energies"]
+    ).split("\n\n"):
+        assert table in told, "energy.json"
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     for name in ("bert-base", "llama-2-7b"):
         rows = benchmark.table(json.loads((HERE / "results" / "benchmark" / f"{name}.json").read_text(encoding="utf-8")))

@@ -11,9 +11,6 @@ import statistics
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repository
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "tutorials"))
-
-from common import batches, minilm, rotten_tomatoes
 
 import finetune
 import sparsegrad
@@ -46,6 +43,9 @@ def kept(grad, basis: sparsegrad.Basis, way: str) -> float:
 
 def measure() -> dict:
     """Sketch -> share -> way -> [up, down]."""
+    sys.path.insert(0, str(pathlib.Path(finetune.__file__).parent / "tutorials"))
+    from common import batches, minilm, rotten_tomatoes
+
     model, tokenizer = minilm()
     model.bert.requires_grad_(False)
     data = batches(tokenizer, rotten_tomatoes()["train"].select(range(ROWS * (STEPS + UNSEEN))), ROWS)
