@@ -516,6 +516,7 @@ def figure(points: list[dict], path: pathlib.Path) -> None:
     axes[0, 0].set_ylabel("ms a step")
     axes[1, 0].set_ylabel("peak MiB")
     drawn.legend(list(seen.values()), list(seen), loc="outside lower center", ncols=4, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=110)
 
 

@@ -212,6 +212,20 @@ def check_held_out(args: argparse.Namespace, count: int, what: str) -> None:
         raise UserError(f"--held-out {args.held_out}: there are {count} training {what}, and some must be left to train on")
 
 
+def draw_rows(args: argparse.Namespace, splits: dict, what: str) -> dict:
+    """Data sets "train" and others, as they are to be used: with `--held-out`, rows of "train" take the place of all
+    others; with `--max-train-samples`, "train" has no more. Both are drawn by the seed."""
+    if args.held_out:
+        train = splits["train"].shuffle(seed=args.seed)
+        check_held_out(args, len(train), what)
+        splits = dict.fromkeys(splits, train.select(range(args.held_out)))
+        splits["train"] = train.select(range(args.held_out, len(train)))
+    if args.max_train_samples:
+        train = splits["train"].shuffle(seed=args.seed)
+        splits["train"] = train.select(range(min(args.max_train_samples, len(train))))
+    return splits
+
+
 def check_sizes(linears: dict[str, nn.Module], args: argparse.Namespace) -> int:
     """Raise UserError if `--k` or `--rank` is beyond a linear; returns the entries that k asks for in all."""
     rank = args.rank if args.method == "sparsegrad" else None  # of the core

@@ -163,15 +163,8 @@ def load_data(args, hub: bool) -> tuple[dict[str, datasets.Dataset], str]:
     else:
         raise UserError(f"no hub is reachable: pass --data DIR, a folder that holds {task['folder']}/train.tsv and dev.tsv")
     if args.held_out:
-        train = splits["train"].shuffle(seed=args.seed)
-        finetune.check_held_out(args, len(train), "rows")
-        splits = dict.fromkeys(splits, train.select(range(args.held_out)))
-        splits["train"] = train.select(range(args.held_out, len(train)))
         note += f", {args.held_out} of its training rows in place of the dev set"
-    if args.max_train_samples:
-        train = splits["train"].shuffle(seed=args.seed)
-        splits["train"] = train.select(range(min(args.max_train_samples, len(train))))
-    return splits, note
+    return finetune.draw_rows(args, splits, "rows"), note
 
 
 def load_folder(folder: pathlib.Path, name: str) -> dict[str, datasets.Dataset]:

@@ -88,13 +88,7 @@ def load_images(args) -> dict[str, datasets.Dataset]:
     rows = datasets.Dataset.from_dict({"pixels": table[:, :-1].tolist(), "label": table[:, -1].tolist()}).shuffle(seed=0)
     dev = len(rows) // 5
     splits = {"dev": rows.select(range(dev)), "train": rows.select(range(dev, len(rows))).shuffle(seed=args.seed)}
-    if args.held_out:
-        finetune.check_held_out(args, len(splits["train"]), "images")
-        splits["dev"] = splits["train"].select(range(args.held_out))
-        splits["train"] = splits["train"].select(range(args.held_out, len(splits["train"])))
-    if args.max_train_samples:
-        splits["train"] = splits["train"].select(range(min(args.max_train_samples, len(splits["train"]))))
-    return splits
+    return finetune.draw_rows(args, splits, "images")
 
 
 if __name__ == "__main__":
