@@ -1547,7 +1547,7 @@ def test_the_tables_are_those_of_the_stored_runs():
         run = json.loads(path.read_text(encoding="utf-8"))
         assert benchmark.table(run) in told, path.name
         row = benchmark.goals([run]).splitlines()[2]
-        assert row in told or benchmark.FAST not in run["methods"] and benchmark.CUT not in run["methods"], path.name
+        assert row in told or path.stem == "bert-base-search", path.name  # which has one of no two methods
     for table in energy.tables(
         json.loads((HERE / "results" / "benchmark" / "energy.json").read_text(encoding="utf-8"))["energies"]
     ).split("\n\n"):
