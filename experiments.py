@@ -1,8 +1,9 @@
 """The claim, measured: SparseGrad beside full fine-tuning, LoRA and MeProp, by one protocol.
 
-    python experiments.py run --glue DIR --oasst FILE --tasks sst2 mrpc stsb oasst    every run that results/claim has not yet
-    python experiments.py table                                                       the tables, from what it has
-    python experiments.py figure FILE                                                 the README's figure, likewise
+    python experiments.py run --glue DIR --tasks sst2                                  every run that results/claim has not yet
+    python experiments.py run --glue DIR --oasst FILE --tasks mrpc stsb oasst --bf16   the same in mixed precision
+    python experiments.py table                                                        the tables, from what it has
+    python experiments.py figure FILE                                                  the README's figure, likewise
 
 A cell is a task, a setting (all but the MLP linears trains densely, as in the paper, or only
 the method and the head: `freeze`) and a method. In each cell the learning rate with the lowest
@@ -197,6 +198,16 @@ def run_all(cells: list[Cell], paths: dict[str, str], lanes: int, bf16: bool = F
 Values = tuple[float | None, list[float]]  # the chosen learning rate, what each of SEEDS came to
 
 
+def check_precision(cells: list[Cell], bf16: bool) -> None:
+    """UserError if runs of a column are there already in the other precision: its methods would not compare."""
+    for task, setting in dict.fromkeys(cell[:2] for cell in cells):
+        for path in (FOLDER / f"{task}-{setting}").glob("*.json"):
+            stored = json.loads(path.read_text(encoding="utf-8")).get("arguments", {}).get("bf16", bf16)
+            if stored != bf16:
+                what = "in mixed precision: pass --bf16" if stored else "in fp32: leave --bf16 out"
+                raise finetune.UserError(f"the runs of {task}, {setting} that are there are {what}, or move them away")
+
+
 def values(cell: Cell) -> Values:
     """(None, []) unless all runs of the cell are there."""
     lr, to_choose = rate(cell)
@@ -211,7 +222,8 @@ Column = tuple[str, str]  # task, setting
 
 def head(column: Column) -> str:
     task, setting = column
-    return f"{task}, {setting} ({TASKS[task].metric.removeprefix('eval_')})"
+    metric = TASKS[task].metric.removeprefix("eval_")
+    return f"{task}, {setting} ({metric}{', lower is better' * (metric == 'loss')})"
 
 
 def grid(corner: list[str], columns: list[str], rows: dict[tuple[str, ...], list[str]]) -> str:
@@ -226,31 +238,31 @@ def tables() -> dict[str, str]:
     every = [(task, setting) for task in TASKS for setting in TASKS[task].settings]
     found = {(column, method): values((*column, method)) for column in every for method in OPTIONS}
 
-    def having(methods, of=lambda task: True) -> list[Column]:
+    def columns_with(methods, of=lambda task: True) -> list[Column]:
         return [column for column in every if of(column[0]) and any(found[column, method][1] for method in methods)]
 
     def rows(methods, columns) -> dict[tuple[str, ...], list[str]]:
-        return {(method,): [told(*found[column, method]) for column in columns] for method in methods}
+        return {(method,): [cell_text(*found[column, method]) for column in columns] for method in methods}
 
-    claim = having(METHODS, lambda task: task not in OTHER_MODELS)
-    others = having(METHODS, lambda task: task in OTHER_MODELS)
-    ablated = having(ABLATIONS)
+    claim = columns_with(METHODS, lambda task: task not in OTHER_MODELS)
+    others = columns_with(METHODS, lambda task: task in OTHER_MODELS)
+    ablated = columns_with(ABLATIONS)
     used = [method for method in METHODS if any(found[column, method][1] for column in others)]
     leads = {
         (ours, peer): [lead(column[0], found[column, ours][1], found[column, peer][1]) for column in claim]
         for ours in METHODS if ours not in PEERS
         for peer in PEERS
     }  # fmt: skip
-    made = {
+    all_tables = {
         "The claim": grid([""], [head(column) for column in claim], rows(METHODS, claim)),
         "Leads": grid(["lead of", "over"], [head(column) for column in claim], leads),
         "Ablations": grid([""], [head(column) for column in ablated], rows([*ABLATED, *ABLATIONS], ablated)),
-        "Other models": grid([""], used, {(head(c),): [told(*found[c, method]) for method in used] for c in others}),
+        "Other models": grid([""], used, {(head(c),): [cell_text(*found[c, method]) for method in used] for c in others}),
     }
-    return {title: table for title, table in made.items() if table.count("\n") > 1}
+    return {title: table for title, table in all_tables.items() if table.count("\n") > 1}
 
 
-def told(lr: float | None, of: list[float]) -> str:
+def cell_text(lr: float | None, of: list[float]) -> str:
     return f"{spread(of)} ({lr:g})" if of else ""
 
 
@@ -278,6 +290,8 @@ def figure(path: pathlib.Path) -> None:
             found = {method: of for method in METHODS if (of := values((task, setting, method))[1])}
             if len(found) > 1:
                 columns[task, setting] = found
+    if not columns:
+        raise finetune.UserError(f"{FOLDER} has no task yet in which two methods are through")
     drawn, axes = plt.subplots(
         1, len(columns), figsize=(1.2 + 2.4 * len(columns), 2.6), layout="constrained", sharey=True, squeeze=False
     )
@@ -316,7 +330,9 @@ def main() -> None:
         print("\n\n".join(f"{title}\n\n{table}" for title, table in tables().items()))
         return
     if args.do == "figure":
-        finetune.check_writable("figure", args.file.parent)
+        if args.file.suffix != ".png":
+            parser.error(f"{args.file} should be a .png")
+        finetune.check_writable("file", args.file.parent)
         figure(args.file)
         return
     for task in args.tasks:
@@ -326,6 +342,7 @@ def main() -> None:
         if not set(args.settings) & set(TASKS[task].settings):
             parser.error(f"task {task} has no setting {', '.join(args.settings)}, only {', '.join(TASKS[task].settings)}")
     cells = [(t, s, m) for t in args.tasks for s in TASKS[t].settings if s in args.settings for m in args.methods]
+    check_precision(cells, args.bf16)
     run_all(cells, {path: getattr(args, path) for path in PATHS}, args.lanes, args.bf16)
 
 

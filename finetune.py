@@ -494,7 +494,9 @@ def train_and_report(
     model = make_model().to("cuda" if torch.cuda.is_available() else "cpu")
     dtype, chosen = model.dtype, linears(model)
     check_sizes(chosen, args)
-    if args.bf16 and model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if (
+        args.bf16 and model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    ):  # AVX-512 can at worst emulate it
         print("note:  this CPU has no bf16 instructions: mixed precision is many times slower here than fp32")
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
         beforehand(model)

@@ -1,5 +1,5 @@
 """What bases keep of gradients they have not seen: `python energy.py energy.json` prints the two
-tables of the README beside it, and measures first if the file is not there (a quarter of an hour).
+tables of the README beside it, and measures first if the file is not there (some minutes).
 
 MiniLM, 42 steps of 32 Rotten Tomatoes sentences, nothing but the MLP linears trains: bases from the
 first 30 gradients of a layer, the share of the squared norm kept, mean over the other 12.
@@ -12,17 +12,20 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repository
 
+import torch
+
 import finetune
 import sparsegrad
+from benchmark import Method
 
 STEPS, UNSEEN, ROWS = 30, 12, 32
-WAYS = {  # columns of the shorter and of the longer side (0: as it is), share of a linear's entries (None: the whole core)
-    "complete": (None, None, 0.01),
-    "narrow side": (None, 0, 0.01),
-    "narrow side, rank 32": (32, 0, 0.01),
-    "narrow side, rank 8, all entries": (8, 0, None),
-    "both sides, rank 128": (128, 128, 0.01),
-    "both sides, rank 77, all entries": (77, 77, None),
+WAYS = {  # as `benchmark.py` names them, at 1 % of a linear where no k stands
+    "complete": Method("sparsegrad"),
+    "narrow side": Method("sparsegrad:narrow"),
+    "narrow side, rank 32": Method("sparsegrad:narrow:rank=32"),
+    "narrow side, rank 8, all entries": Method("sparsegrad:narrow:rank=8:k=all"),
+    "both sides, rank 128": Method("sparsegrad:rank=128"),
+    "both sides, rank 77, all entries": Method("sparsegrad:rank=77:k=all"),
 }
 SKETCHED = ("complete", "narrow side, rank 8, all entries", "both sides, rank 128")
 SKETCHES = (None, 128, 64, 32, 16)
@@ -30,14 +33,12 @@ SHARES = {"role": "shared", "layer": "own"}
 ROLES = ("up", "down")
 
 
-def kept(grad, basis: sparsegrad.Basis, way: str) -> float:
+def kept(grad: torch.Tensor, complete: sparsegrad.Basis, way: Method) -> float:
     """Share of the squared norm of `grad` (out, in) that a step keeps."""
-    narrow, wide, share = WAYS[way]
-    columns = (narrow, wide) if grad.shape[1] <= grad.shape[0] else (wide, narrow)  # of U, of V
-    core = grad
-    core = core if columns[1] == 0 else basis.V[:, : columns[1]].T @ core  # (r, out) @ (out, in)
-    core = core if columns[0] == 0 else core @ basis.U[:, : columns[0]]  # (r, in) @ (in, r)
-    k = core.numel() if share is None else round(share * grad.numel())
+    basis = way.basis(complete)
+    core = grad if basis.V is None else basis.V.T @ grad  # (r, out) @ (out, in)
+    core = core if basis.U is None else core @ basis.U  # (r, in) @ (in, r)
+    k = core.numel() if way.k else round(0.01 * grad.numel())
     return sparsegrad.topk_energy(core, k) * (core.norm() / grad.norm()).item() ** 2
 
 
@@ -59,7 +60,7 @@ def measure() -> dict:
                 of = {role: [] for role in ROLES}
                 for name, grads in unseen.items():
                     role = "up" if grads.shape[1] > grads.shape[2] else "down"
-                    of[role] += [kept(grad, bases[name], way) for grad in grads]
+                    of[role] += [kept(grad, bases[name], WAYS[way]) for grad in grads]
                 energies.setdefault(str(sketch), {}).setdefault(share, {})[way] = [statistics.mean(of[role]) for role in ROLES]
     return energies
 
@@ -79,8 +80,11 @@ def tables(energies: dict) -> str:
 
 
 def main() -> None:
-    path = pathlib.Path(sys.argv[1])
+    parser = finetune.Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("file", type=pathlib.Path, help="a .json")
+    path = parser.parse_args().file
     if not path.exists():
+        finetune.check_writable("file", path.parent)
         finetune.write_json(path, {"energies": measure(), **finetune.provenance()})
     print(tables(json.loads(path.read_text(encoding="utf-8"))["energies"]))
 

@@ -87,7 +87,9 @@ def load_images(args) -> dict[str, datasets.Dataset]:
         raise finetune.UserError(f"{args.data}: {table.shape[1]} numbers a row, where it should be a square's pixels and a class")
     rows = datasets.Dataset.from_dict({"pixels": table[:, :-1].tolist(), "label": table[:, -1].tolist()}).shuffle(seed=0)
     dev = len(rows) // 5
-    splits = {"dev": rows.select(range(dev)), "train": rows.select(range(dev, len(rows))).shuffle(seed=args.seed)}
+    splits = {"dev": rows.select(range(dev)), "train": rows.select(range(dev, len(rows)))}
+    if not args.held_out:  # which draws them itself
+        splits["train"] = splits["train"].shuffle(seed=args.seed)
     return finetune.draw_rows(args, splits, "images")
 
 
