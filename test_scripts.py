@@ -1097,8 +1097,10 @@ def test_instruction_tuning_resumes_where_it_was(llama, method, monkeypatch):
     code, out, err = llama("--resume", "broken")
     assert code == 0 and "resuming from" in out, err
     a, b = results("straight"), results("broken")
+    # The interruption wrote a checkpoint that "straight" has not, and with it a kept weight was computed anew: equal to rounding.
+    rounding = 1e-5 if method in finetune.SPARSE else 0
     for key in ("metrics_before", "metrics"):
-        assert a[key]["eval_loss"] == b[key]["eval_loss"]
+        assert a[key]["eval_loss"] == pytest.approx(b[key]["eval_loss"], rel=rounding, abs=0)
     assert a["samples"] == b["samples"] and a["steps"] == b["steps"]
 
 
