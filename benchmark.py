@@ -333,21 +333,20 @@ def search(base: nn.Module, names: list[str], batches: Iterator, args: argparse.
         moments.append(time.perf_counter())
         return bases
 
-    before, costs, complete = sum(held(base).values()), {}, None
+    before, costs, found = sum(held(base).values()), {}, []
     for label, options in SEARCHES.items():
         if options and not args.searches:
             continue
-        found = []
-        peak = before + peak_of(lambda options=options, found=found: found.append(find(steps[:2], **options)), args.device)
+        peak = before + peak_of(lambda options=options: found.append(find(steps[:2], **options)), args.device)
         if len(steps) > 2:  # fewer were timed under the memory profiler
-            found = [find(steps, **options)]
-        complete = complete or found[0]  # the first way's
+            found[-1] = find(steps, **options)
+        del found[1:]  # the first way's are used
         seconds = {"collecting": moments[-2] - moments[0], "decomposing": moments[-1] - moments[-2]}
         costs[label] = {**seconds, "peak_bytes": peak}
-    training = Run(Method("ft"), base, names, complete, argparse.Namespace(**vars(args) | {"rest": False}))
+    training = Run(Method("ft"), base, names, found[0], argparse.Namespace(**vars(args) | {"rest": False}))
     for batch in steps[:1] + steps:
         training.time(batch)
-    return complete, {"steps": len(steps), "training": sum(training.seconds[1:]), "ways": costs}
+    return found[0], {"steps": len(steps), "training": sum(training.seconds[1:]), "ways": costs}
 
 
 def check_fit(config: transformers.PretrainedConfig, args: argparse.Namespace) -> None:

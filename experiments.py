@@ -57,6 +57,7 @@ TASKS = {
     "vit": Task("results/other-models/vit.py --model {vit} --data {images}", 800, "eval_accuracy", 4),
 }  # fmt: skip
 OTHER_MODELS = ("t5", "vit")  # beyond the paper's
+COLUMNS = [(task, setting) for task in TASKS for setting in TASKS[task].settings]
 METHODS = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "ft": "--method ft",
     "lora": "--method lora --k 0.01",
@@ -178,6 +179,16 @@ def make(run: Run, paths: dict[str, str], threads: int, bf16: bool = False) -> N
     finetune.write_json(run.path, results)
 
 
+def check_precision(cells: list[Cell], bf16: bool) -> None:
+    """UserError if runs of a column are there already in the other precision: its methods would not compare."""
+    for task, setting in dict.fromkeys(cell[:2] for cell in cells):
+        for path in (FOLDER / f"{task}-{setting}").glob("*.json"):
+            stored = json.loads(path.read_text(encoding="utf-8")).get("arguments", {}).get("bf16", bf16)
+            if stored != bf16:
+                what = "in mixed precision: pass --bf16" if stored else "in fp32: leave --bf16 out"
+                raise finetune.UserError(f"the runs of {task}, {setting} that are there are {what}, or move them away")
+
+
 def run_all(cells: list[Cell], paths: dict[str, str], lanes: int, bf16: bool = False) -> None:
     """Every missing run of `cells`, `lanes` at a time."""
     threads = max(1, (os.cpu_count() or 1) // lanes)
@@ -196,16 +207,6 @@ def run_all(cells: list[Cell], paths: dict[str, str], lanes: int, bf16: bool = F
 
 
 Values = tuple[float | None, list[float]]  # the chosen learning rate, what each of SEEDS came to
-
-
-def check_precision(cells: list[Cell], bf16: bool) -> None:
-    """UserError if runs of a column are there already in the other precision: its methods would not compare."""
-    for task, setting in dict.fromkeys(cell[:2] for cell in cells):
-        for path in (FOLDER / f"{task}-{setting}").glob("*.json"):
-            stored = json.loads(path.read_text(encoding="utf-8")).get("arguments", {}).get("bf16", bf16)
-            if stored != bf16:
-                what = "in mixed precision: pass --bf16" if stored else "in fp32: leave --bf16 out"
-                raise finetune.UserError(f"the runs of {task}, {setting} that are there are {what}, or move them away")
 
 
 def values(cell: Cell) -> Values:
@@ -235,11 +236,10 @@ def grid(corner: list[str], columns: list[str], rows: dict[tuple[str, ...], list
 def tables() -> dict[str, str]:
     """Title -> Markdown table, of those with a row: mean ± standard deviation over seeds (learning rate); SparseGrad's
     lead, seed by seed."""
-    every = [(task, setting) for task in TASKS for setting in TASKS[task].settings]
-    found = {(column, method): values((*column, method)) for column in every for method in OPTIONS}
+    found = {(column, method): values((*column, method)) for column in COLUMNS for method in OPTIONS}
 
     def columns_with(methods, of=lambda task: True) -> list[Column]:
-        return [column for column in every if of(column[0]) and any(found[column, method][1] for method in methods)]
+        return [column for column in COLUMNS if of(column[0]) and any(found[column, method][1] for method in methods)]
 
     def rows(methods, columns) -> dict[tuple[str, ...], list[str]]:
         return {(method,): [cell_text(*found[column, method]) for column in columns] for method in methods}
@@ -285,11 +285,10 @@ def figure(path: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     columns = {}
-    for task in TASKS:
-        for setting in TASKS[task].settings:
-            found = {method: of for method in METHODS if (of := values((task, setting, method))[1])}
-            if len(found) > 1:
-                columns[task, setting] = found
+    for column in COLUMNS:
+        found = {method: of for method in METHODS if (of := values((*column, method))[1])}
+        if len(found) > 1:
+            columns[column] = found
     if not columns:
         raise finetune.UserError(f"{FOLDER} has no task yet in which two methods are through")
     drawn, axes = plt.subplots(

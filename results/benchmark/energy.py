@@ -17,6 +17,7 @@ import torch
 import finetune
 import sparsegrad
 from benchmark import Method
+from experiments import grid
 
 STEPS, UNSEEN, ROWS = 30, 12, 32
 WAYS = {  # as `benchmark.py` names them, at 1 % of a linear where no k stands
@@ -68,15 +69,15 @@ def measure() -> dict:
 def tables(energies: dict) -> str:
     heads = [f"{share}, {role}" for share in SHARES.values() for role in ROLES]
     exact = energies["None"]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for way in WAYS:
-        lines.append(f"| {way} | " + " | ".join(f"{energy:.2f}" for share in SHARES for energy in exact[share][way]) + " |")
-    heads = [f"{way}, {share}" for way in SKETCHED for share in SHARES.values()]
-    lines += ["", "| up, down | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for sketch, of in energies.items():
-        cells = ["{:.3f}, {:.3f}".format(*of[share][way]) for way in SKETCHED for share in SHARES]
-        lines.append(f"| {'exact' if sketch == 'None' else f'{sketch} columns'} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    every_way = {(way,): [f"{energy:.2f}" for share in SHARES for energy in exact[share][way]] for way in WAYS}
+    sketched_heads = [f"{way}, {share}" for way in SKETCHED for share in SHARES.values()]
+    by_sketch = {
+        ("exact" if sketch == "None" else f"{sketch} columns",): [
+            "{:.3f}, {:.3f}".format(*of[share][way]) for way in SKETCHED for share in SHARES
+        ]
+        for sketch, of in energies.items()
+    }
+    return grid([""], heads, every_way) + "\n\n" + grid(["up, down"], sketched_heads, by_sketch)
 
 
 def main() -> None:
