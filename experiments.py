@@ -98,6 +98,12 @@ FROM = {"paper": 3e-5, "freeze": 3e-4}  # four rates from here on, at first
 SEEDS = (3, 4, 5)  # SST-2's 0 to 2 were seen before
 
 
+def options_of(method: str) -> tuple[str, str]:
+    """(its options, "" or the kind of bases that results/claim/other_bases.py puts in place)."""
+    options, _, bases = OPTIONS[method].partition(" @")
+    return options, bases
+
+
 class Run(NamedTuple):
     task: str
     setting: str
@@ -115,9 +121,9 @@ class Run(NamedTuple):
     def command(self, paths: dict[str, str], output: str, bf16: bool = False) -> list[str]:
         task = TASKS[self.task]
         script, *options = (word.format(**paths) for word in task.options.split())
-        of_method, _, bases = OPTIONS[self.method].format(task.narrow_rank).partition(" @")
+        of_method, bases = options_of(self.method)
         words = [str(HERE / "results/claim/other_bases.py"), bases, script] if bases else [str(HERE / script)]
-        words = [sys.executable, *words, *options, *of_method.split()]
+        words = [sys.executable, *words, *options, *of_method.format(task.narrow_rank).split()]
         words += ["--lr", f"{self.lr:g}", "--seed", str(self.seed), "--output-dir", output]
         if self.setting == "freeze" and script == "glue_run.py":  # the others do no else
             words.append("--freeze")
@@ -127,7 +133,11 @@ class Run(NamedTuple):
 
     def result(self) -> dict | None:
         """What was measured, or that it diverged; None if it was not run."""
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else None
+        return read(self.path) if self.path.exists() else None
+
+
+def read(path: str | pathlib.Path) -> dict:
+    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
 
 
 Cell = tuple[str, str, str]  # task, setting, method
@@ -167,15 +177,19 @@ def make(run: Run, paths: dict[str, str], threads: int, bf16: bool = False) -> N
             text=True,
         )
         if done.returncode == 0:
-            results = json.loads(pathlib.Path(output, "results.json").read_text(encoding="utf-8"))
-            results["arguments"]["output_dir"] = None  # it was a temporary one
-            for key in ("model", "data"):  # no paths of this machine
-                if os.path.isabs(path := results["arguments"][key] or ""):
-                    results["arguments"][key] = os.path.basename(path)
-        elif "lower --lr" in done.stderr:
-            results = {"diverged": done.stderr.strip().splitlines()[-1]}
+            results = read(os.path.join(output, "results.json"))
+        elif done.returncode == finetune.Diverged.code:
+            arguments = read(os.path.join(output, "arguments.json"))
+            results = {"arguments": arguments, "diverged": done.stderr.strip().splitlines()[-1]}
         else:
             raise finetune.UserError(f"{run.path.relative_to(FOLDER)} failed: {done.stderr.strip()[-500:]}")
+    arguments = results["arguments"]
+    arguments["output_dir"] = None  # it was a temporary one
+    for key in ("model", "data"):  # no paths of this machine
+        if os.path.isabs(path := arguments[key] or ""):
+            arguments[key] = os.path.basename(path)
+    if bases := options_of(run.method)[1]:
+        arguments["bases"] = bases  # the script does not know
     finetune.write_json(run.path, results)
 
 
@@ -183,7 +197,7 @@ def check_precision(cells: list[Cell], bf16: bool) -> None:
     """UserError if runs of a column are there already in the other precision: its methods would not compare."""
     for task, setting in dict.fromkeys(cell[:2] for cell in cells):
         for path in (FOLDER / f"{task}-{setting}").glob("*.json"):
-            stored = json.loads(path.read_text(encoding="utf-8")).get("arguments", {}).get("bf16", bf16)
+            stored = read(path)["arguments"]["bf16"]
             if stored != bf16:
                 what = "in mixed precision: pass --bf16" if stored else "in fp32: leave --bf16 out"
                 raise finetune.UserError(f"the runs of {task}, {setting} that are there are {what}, or move them away")

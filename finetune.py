@@ -44,6 +44,14 @@ FIRST_STEPS = 5  # left out of the steps per second: allocations and caches
 class UserError(ValueError):
     """Something the caller can mend: told in one line, exit code 2."""
 
+    code = 2
+
+
+class Diverged(UserError):
+    """A loss that is not finite: exit code 3, so that a search for a learning rate can tell."""
+
+    code = 3
+
 
 # ------------------------------------------------------------------------------- options
 
@@ -126,14 +134,14 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, k: 
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; errors of the caller's end in one line and exit code 2."""
+    """Run a script's `main`; errors of the caller's end in one line and their exit code."""
     try:
         main()
     except ValueError as error:
         if not isinstance(error, UserError) and not _ours(error):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "code", UserError.code))
     except KeyboardInterrupt:
         print("\ninterrupted; --resume DIR goes on from the last checkpoint of the run's folder, if it has one", file=sys.stderr)
         sys.exit(130)
@@ -445,7 +453,7 @@ class Measure(transformers.TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         for key in (key for key in logs if key.endswith("loss")):
             if not math.isfinite(logs[key]):
-                raise UserError(f"{key} is {logs[key]} at step {state.global_step}: lower --lr (it is {args.learning_rate:g})")
+                raise Diverged(f"{key} is {logs[key]} at step {state.global_step}: lower --lr (it is {args.learning_rate:g})")
 
     def on_interrupt(self, signum, frame):
         if self.interrupted:

@@ -447,7 +447,7 @@ def test_rows_that_lack_columns_are_counted_and_left_out(tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run(glue):
     code, _, err = glue("--task", "sst2", *SHORT, "--epochs", "5", "--lr", "1e30", "--output-dir", "out")
-    assert code == 2 and "loss is nan at step" in err and "lower --lr" in err
+    assert code == finetune.Diverged.code == 3 and "loss is nan at step" in err and "lower --lr" in err
     assert not pathlib.Path("out/results.json").exists()
 
 
@@ -1729,18 +1729,31 @@ def test_every_command_of_the_experiments_is_one_its_script_takes(task, setting,
 @pytest.mark.parametrize("kind", ["random", "transposed"])
 def test_other_bases_take_the_place_of_those_found(kind, model_folder, data_folder, tmp_path, monkeypatch):
     options = ["--task", "sst2", "--model", str(model_folder), "--data", str(data_folder), "--max-steps", "1", "--batch-size", "4"]
+    options += ["--share", "layer"]
     for folder, words in (("found", []), ("other", ["other_bases.py", kind])):
         monkeypatch.setattr(sparsegrad, "find_bases", sparsegrad.find_bases)  # put back afterwards
         monkeypatch.setattr(sys, "argv", [*words, "glue_run.py", *options, "--output-dir", str(tmp_path / folder)])
-        finetune.run(other_bases.main if words else glue_run.main)
+        (other_bases.main if words else glue_run.main)()
     found, other = (load_file(tmp_path / folder / finetune.ADAPTER) for folder in ("found", "other"))
     bases = [key for key in found if key.startswith("sparsegrad.basis.")]
-    assert len(bases) == 4
+    assert len(bases) == 8
     for key in bases:
         assert torch.allclose(other[key].T @ other[key], torch.eye(len(found[key])), atol=1e-5)
         assert torch.equal(other[key], found[key].T if kind == "transposed" and key.endswith("U") else found[key]) == (
             kind == "transposed"
         )
+        assert not any(torch.equal(other[key], other[another]) for another in bases if another != key)  # each layer has its own
+
+
+def test_other_bases_go_into_the_vit_too(images, vit_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sparsegrad, "find_bases", sparsegrad.find_bases)  # put back afterwards
+    run = experiments.Run("vit", "freeze", "own, rank 128, random", 1e-3, 0, True)
+    script, *words = run.command({"vit": str(vit_folder), "images": str(images)}, str(tmp_path / "run"))[1:]
+    words[words.index("--rank") + 1], words[words.index("--held-out") + 1] = "4", "8"
+    monkeypatch.setattr(sys, "argv", [script, *words, "--image-size", "8", "--max-steps", "1"])
+    other_bases.main()
+    U = load_file(tmp_path / "run" / finetune.ADAPTER)["sparsegrad.basis.0.U"]
+    assert U.shape == (16, 4) and torch.allclose(U.T @ U, torch.eye(4), atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["ft", "lora", "sparsegrad"])
@@ -1774,12 +1787,17 @@ def images(tmp_path):
     return tmp_path / "images.csv.gz"
 
 
-@pytest.mark.parametrize("method", ["ft", "lora", "sparsegrad"])
-def test_vit_learns_from_images(method, images, tmp_path, monkeypatch):
+@pytest.fixture
+def vit_folder(tmp_path):
     torch.manual_seed(0)
     config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=8)
     transformers.Dinov2Model(config).save_pretrained(tmp_path / "model")
-    options = ["--model", str(tmp_path / "model"), "--data", str(images), "--image-size", "8", "--batch-size", "8", "--epochs", "6"]
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("method", ["ft", "lora", "sparsegrad"])
+def test_vit_learns_from_images(method, images, vit_folder, tmp_path, monkeypatch):
+    options = ["--model", str(vit_folder), "--data", str(images), "--image-size", "8", "--batch-size", "8", "--epochs", "6"]
     monkeypatch.setattr(
         sys,
         "argv",

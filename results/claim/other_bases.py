@@ -4,23 +4,21 @@ python other_bases.py random glue_run.py --task sst2 ...        random orthonorm
 python other_bases.py transposed glue_run.py --task sst2 ...    complete bases, U transposed, as in the released code
 """
 
-import importlib
 import pathlib
+import runpy
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repository
 
 import torch
 
-import finetune
 import sparsegrad
 
 
-def instead(kind: str, basis: sparsegrad.Basis) -> sparsegrad.Basis:
+def instead(kind: str, basis: sparsegrad.Basis, generator: torch.Generator) -> sparsegrad.Basis:
     """A basis of the shapes of `basis`."""
     if kind == "transposed":
         return sparsegrad.Basis(basis.U.T, basis.V)
-    generator = torch.Generator().manual_seed(0)
     random = [None if b is None else torch.linalg.qr(torch.randn(b.shape, generator=generator)).Q for b in (basis.U, basis.V)]
     return sparsegrad.Basis(*random)
 
@@ -30,15 +28,15 @@ def main() -> None:
     found = sparsegrad.find_bases
 
     def find_bases(*args, **options):
-        bases, made = found(*args, **options), {}
-        for basis in bases.values():
-            made.setdefault(id(basis), instead(kind, basis))
+        bases, made, generator = found(*args, **options), {}, torch.Generator().manual_seed(0)
+        for basis in {id(basis): basis for basis in bases.values()}.values():
+            made[id(basis)] = instead(kind, basis, generator)
         return {name: made[id(basis)] for name, basis in bases.items()}
 
     sparsegrad.find_bases = find_bases
     sys.argv = sys.argv[2:]
-    importlib.import_module(script.removesuffix(".py")).main()
+    runpy.run_path(str(pathlib.Path(sparsegrad.__file__).parent / script), run_name="__main__")
 
 
 if __name__ == "__main__":
-    finetune.run(main)
+    main()
