@@ -395,8 +395,6 @@ def topk_coo(grad: Tensor, k: int) -> Tensor:
 def _largest(sizes: Tensor, k: int) -> Tensor:
     """Indices of the `k` largest of `sizes` (n,), ascending. On a CPU, where `topk` is slow on
     millions, it gets those above a bound that a sample puts a little below the k-th largest."""
-    if k == len(sizes):
-        return torch.arange(k, device=sizes.device)
     if sizes.device.type == "cpu" and len(sizes) >= max(4 * k, SAMPLE**2):
         bound = sizes[::SAMPLE].topk(int(1.1 * k / SAMPLE) + 32, sorted=False).values.min().item()
         likely = (sizes < bound).logical_not_().nonzero().squeeze(1)  # so put, a NaN is among them
@@ -597,7 +595,7 @@ class SparseGradLinear(nn.Module):
         what the core is.
 
         k: entries a step, as a count (int), or as a share of `out * in` (float, at most
-        the whole core); None gives a dense gradient. Raises ValueError if the basis does
+        the whole core); None, or as many as the core has, gives a dense gradient. Raises ValueError if the basis does
         not fit the weight, or k is 0 or more than the core has entries.
         """
         layer = cls(linear, basis, _check_fit("the layer", weight_shape(linear), basis, k))
@@ -708,7 +706,7 @@ def _core_shape(basis: Basis, out: int, in_: int) -> tuple[int, int]:
 
 
 def _check_fit(name: str, shape: tuple[int, int], basis: Basis, k: float | int | None) -> int | None:
-    """Entries to keep for a weight of `shape` (out, in); ValueError if basis or k do not fit it."""
+    """Entries to keep for a weight of `shape` (out, in), None if that is all; ValueError if basis or k do not fit it."""
     out, in_ = shape
     for side, vectors, size in (("U", basis.U, in_), ("V", basis.V, out)):
         if vectors is not None and (vectors.dim() != 2 or vectors.shape[0] != size or not 1 <= vectors.shape[1] <= size):
@@ -719,10 +717,10 @@ def _check_fit(name: str, shape: tuple[int, int], basis: Basis, k: float | int |
     if isinstance(k, float):
         if not 0 < k <= 1:
             raise ValueError(f"k is {k}: as a share it lies above 0 and up to 1.0; an int is a count of entries")
-        return max(1, min(round(k * out * in_), rows * columns))
+        k = max(1, min(round(k * out * in_), rows * columns))
     if not 1 <= k <= rows * columns:
         raise ValueError(f"k is {k}, but the core of {name} ({rows}, {columns}) has 1 to {rows * columns} entries")
-    return k
+    return k if k < rows * columns else None  # with nothing to cut, a dense gradient is the smaller one
 
 
 # ------------------------------------------------------------------------ patching a model
@@ -823,7 +821,8 @@ class SparseGradAdamW(torch.optim.Optimizer):
     The lazy one is that of torch.optim.SparseAdam: only entries present in the gradient
     move, their moments with them; no weight decay; one step count for all entries. Its
     two moments are dense, so its memory is AdamW's. Cores in fp16 or bf16 are refused,
-    since steps of size lr would vanish in rounding.
+    since steps of size lr would vanish in rounding. A core with a dense gradient decays
+    as any parameter: towards 0, where the layer is the pretrained one.
 
     k: cut each COO gradient to its k largest entries before the step, a count. Accumulation
     over micro-batches unites their supports; this restores the sparsity. None: no cut.

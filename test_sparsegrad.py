@@ -879,9 +879,15 @@ def test_impossible_k(k, message):
 def test_k_as_a_share_counts_entries_of_the_weight():
     assert make_layer("complete", k=0.05).k == 12
     assert make_layer("truncated", k=0.05).k == 12  # the same budget whatever the basis
-    assert make_layer("truncated", k=1.0).k == 30  # but at most the whole core
-    assert make_layer("complete", k=1.0).k == OUT * IN
+    assert make_layer("truncated", k=29 / 240).k == 29
     assert make_layer("complete", k=1e-9).k == 1
+
+
+@pytest.mark.parametrize("kind, k", [("truncated", 30), ("truncated", 0.2), ("truncated", 1.0), ("complete", 1.0), ("complete", 240)])
+def test_the_whole_core_has_a_dense_gradient(kind, k):
+    layer = make_layer(kind, k=k)
+    layer(torch.randn(3, IN)).square().sum().backward()
+    assert layer.k is None and not layer.core.grad.is_sparse
 
 
 def test_a_basis_is_brought_to_the_cores_dtype():
