@@ -263,13 +263,13 @@ def tables() -> dict[str, str]:
     ablated = columns_with(ABLATIONS)
     used = [method for method in METHODS if any(found[column, method][1] for column in others)]
     leads = {
-        (ours, peer): [lead(column[0], found[column, ours][1], found[column, peer][1]) for column in claim]
+        (ours, peer): [lead(column[0], found[column, ours][1], found[column, peer][1]) for column in claim + others]
         for ours in METHODS if ours not in PEERS
         for peer in PEERS
     }  # fmt: skip
     all_tables = {
         "The claim": grid([""], [head(column) for column in claim], rows(METHODS, claim)),
-        "Leads": grid(["lead of", "over"], [head(column) for column in claim], leads),
+        "Leads": grid(["lead of", "over"], [head(column) for column in claim + others], leads),
         "Ablations": grid([""], [head(column) for column in ablated], rows([*ABLATED, *ABLATIONS], ablated)),
         "Other models": grid([""], used, {(head(c),): [cell_text(*found[c, method]) for method in used] for c in others}),
     }

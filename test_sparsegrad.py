@@ -883,7 +883,9 @@ def test_k_as_a_share_counts_entries_of_the_weight():
     assert make_layer("complete", k=1e-9).k == 1
 
 
-@pytest.mark.parametrize("kind, k", [("truncated", 30), ("truncated", 0.2), ("truncated", 1.0), ("complete", 1.0), ("complete", 240)])
+@pytest.mark.parametrize(
+    "kind, k", [("truncated", 30), ("truncated", 0.2), ("truncated", 1.0), ("complete", 1.0), ("complete", 240)]
+)
 def test_the_whole_core_has_a_dense_gradient(kind, k):
     layer = make_layer(kind, k=k)
     layer(torch.randn(3, IN)).square().sum().backward()
