@@ -70,6 +70,9 @@ METHODS = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
 OWN = METHODS["own, rank 128"]
 ABLATIONS = {  # of "own, rank 128" or of "sparsegrad", a thing or two changed in each
     "own, rank 128, random": f"{OWN} @random",
+    "own, rank 128, refreshed": f"{OWN} @refreshed",
+    "own, rank 128, core rate 0.3": f"{OWN} @core-rate=0.3",
+    "own, rank 128, core rate 3": f"{OWN} @core-rate=3",
     "own, rank 128, 5 steps": f"{OWN} --basis-steps 5",
     "own, rank 128, 120 steps": f"{OWN} --basis-steps 120",
     "own, rank 128, all entries": "--method sparsegrad --k 1.0 --share layer --rank 128",
@@ -99,9 +102,9 @@ SEEDS = (3, 4, 5)  # SST-2's 0 to 2 were seen before
 
 
 def options_of(method: str) -> tuple[str, str]:
-    """(its options, "" or the kind of bases that results/claim/other_bases.py puts in place)."""
-    options, _, bases = OPTIONS[method].partition(" @")
-    return options, bases
+    """(its options, "" or what results/claim/variants.py changes)."""
+    options, _, change = OPTIONS[method].partition(" @")
+    return options, change
 
 
 class Run(NamedTuple):
@@ -121,8 +124,8 @@ class Run(NamedTuple):
     def command(self, paths: dict[str, str], output: str, bf16: bool = False) -> list[str]:
         task = TASKS[self.task]
         script, *options = (word.format(**paths) for word in task.options.split())
-        of_method, bases = options_of(self.method)
-        words = [str(HERE / "results/claim/other_bases.py"), bases, script] if bases else [str(HERE / script)]
+        of_method, change = options_of(self.method)
+        words = [str(HERE / "results/claim/variants.py"), change, script] if change else [str(HERE / script)]
         words = [sys.executable, *words, *options, *of_method.format(task.narrow_rank).split()]
         words += ["--lr", f"{self.lr:g}", "--seed", str(self.seed), "--output-dir", output]
         if self.setting == "freeze" and script == "glue_run.py":  # the others do no else
@@ -188,8 +191,8 @@ def make(run: Run, paths: dict[str, str], threads: int, bf16: bool = False) -> N
     for key in ("model", "data"):  # no paths of this machine
         if os.path.isabs(path := arguments[key] or ""):
             arguments[key] = os.path.basename(path)
-    if bases := options_of(run.method)[1]:
-        arguments["bases"] = bases  # the script does not know
+    if change := options_of(run.method)[1]:
+        arguments["change"] = change  # the script does not know
     finetune.write_json(run.path, results)
 
 

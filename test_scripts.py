@@ -36,7 +36,7 @@ import sparsegrad
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE / "results" / folder) for folder in ("other-models", "claim", "benchmark")]
 import energy  # noqa: E402
-import other_bases  # noqa: E402
+import variants  # noqa: E402
 import vit  # noqa: E402
 
 SHARED = HERE.parent / "shared" / "data"
@@ -1716,8 +1716,8 @@ def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim,
 )
 def test_every_command_of_the_experiments_is_one_its_script_takes(task, setting, method, monkeypatch):
     command = experiments.Run(task, setting, method, 1e-3, 4, True).command(dict.fromkeys(experiments.PATHS, "a path"), "out")
-    if pathlib.Path(command[1]).name == "other_bases.py":
-        assert command.pop(1) and method.endswith(command.pop(1))
+    if pathlib.Path(command[1]).name == "variants.py":
+        assert command.pop(1) and method.endswith(command.pop(1).replace("core-rate=", "core rate "))
     script = {"glue_run.py": glue_run, "llama_run.py": llama_run, "vit.py": vit}[pathlib.Path(command[1]).name]
     monkeypatch.setattr(sys, "argv", command[1:])
     args = script.parse()
@@ -1727,15 +1727,50 @@ def test_every_command_of_the_experiments_is_one_its_script_takes(task, setting,
     assert method == "ft" or args.k in (0.001, 0.01, 0.1, 1.0)
 
 
+@pytest.fixture
+def variant(model_folder, data_folder, tmp_path, monkeypatch):
+    """variant(change, *options) runs a few steps of glue_run.py with that change, or none; what its adapter holds."""
+    monkeypatch.setattr(sparsegrad, "find_bases", sparsegrad.find_bases)  # all put back afterwards
+    monkeypatch.setattr(finetune, "_sparse_optimizer", finetune._sparse_optimizer)
+    monkeypatch.setattr(finetune.SparseGradTrainer, "training_step", finetune.SparseGradTrainer.training_step)
+
+    def run(change, *options):
+        words = ["--task", "sst2", "--model", model_folder, "--data", data_folder, "--batch-size", 4, "--share", "layer", *options]
+        folder = tmp_path / (change or "unchanged")
+        monkeypatch.setattr(sys, "argv", ["variants.py", change, "glue_run.py", *map(str, words), "--output-dir", str(folder)])
+        if change:
+            variants.main()
+        else:
+            del sys.argv[:2]
+            glue_run.main()
+        return load_file(folder / finetune.ADAPTER)
+
+    return run
+
+
+def test_bases_are_refreshed_halfway(variant):
+    options = ["--rank", 8, "--lr", 1e-3, "--max-steps", 4]
+    plain, refreshed = variant("", *options), variant("refreshed", *options)
+    bases = [key for key in plain if key.startswith("sparsegrad.basis.")]
+    assert len(bases) == 8
+    for key in bases:
+        assert not torch.allclose(refreshed[key], plain[key], atol=1e-3)
+        assert torch.allclose(refreshed[key].T @ refreshed[key], torch.eye(8), atol=1e-5)
+    values = refreshed["bert.encoder.layer.1.output.dense.core.values"]
+    assert 1e-3 < values.abs().max() < 3e-3  # it trained two steps since
+
+
+def test_the_rate_of_the_cores_is_scaled_alone(variant):
+    plain, scaled = (variant(change, "--lr", 1e-3, "--max-steps", 1) for change in ("", "core-rate=3"))
+    core, head = "bert.encoder.layer.0.output.dense.core.values", "classifier.weight"
+    assert plain[core].abs().max().item() == pytest.approx(1e-3, rel=1e-2)  # Adam's first step
+    assert scaled[core].abs().max().item() == pytest.approx(3e-3, rel=1e-2)
+    assert torch.equal(plain[head], scaled[head])
+
+
 @pytest.mark.parametrize("kind", ["random", "transposed"])
-def test_other_bases_take_the_place_of_those_found(kind, model_folder, data_folder, tmp_path, monkeypatch):
-    options = ["--task", "sst2", "--model", str(model_folder), "--data", str(data_folder), "--max-steps", "1", "--batch-size", "4"]
-    options += ["--share", "layer"]
-    for folder, words in (("found", []), ("other", ["other_bases.py", kind])):
-        monkeypatch.setattr(sparsegrad, "find_bases", sparsegrad.find_bases)  # put back afterwards
-        monkeypatch.setattr(sys, "argv", [*words, "glue_run.py", *options, "--output-dir", str(tmp_path / folder)])
-        (other_bases.main if words else glue_run.main)()
-    found, other = (load_file(tmp_path / folder / finetune.ADAPTER) for folder in ("found", "other"))
+def test_other_bases_take_the_place_of_those_found(kind, variant):
+    found, other = variant("", "--max-steps", 1), variant(kind, "--max-steps", 1)
     bases = [key for key in found if key.startswith("sparsegrad.basis.")]
     assert len(bases) == 8
     for key in bases:
@@ -1752,7 +1787,7 @@ def test_other_bases_go_into_the_vit_too(images, vit_folder, tmp_path, monkeypat
     script, *words = run.command({"vit": str(vit_folder), "images": str(images)}, str(tmp_path / "run"))[1:]
     words[words.index("--rank") + 1], words[words.index("--held-out") + 1] = "4", "8"
     monkeypatch.setattr(sys, "argv", [script, *words, "--image-size", "8", "--max-steps", "1"])
-    other_bases.main()
+    variants.main()
     U = load_file(tmp_path / "run" / finetune.ADAPTER)["sparsegrad.basis.0.U"]
     assert U.shape == (16, 4) and torch.allclose(U.T @ U, torch.eye(4), atol=1e-5)
 

@@ -1,0 +1,97 @@
+"""One of the scripts with a change to the method, for the ablations of `experiments.py`.
+
+    python variants.py CHANGE glue_run.py --task sst2 ...
+
+random       orthonormal columns, seeded, instead of HOSVD's
+transposed   U transposed, as in the released code; for complete bases
+refreshed    bases found anew halfway through training, from the weights as they are then
+core-rate=3  the cores' learning rate in multiples of that of all else that trains
+"""
+
+import pathlib
+import runpy
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repository
+
+import torch
+
+import finetune
+import sparsegrad
+
+found = sparsegrad.find_bases
+
+
+def with_other_bases(kind: str) -> None:
+    def find_bases(*args, **options):
+        bases, other, generator = found(*args, **options), {}, torch.Generator().manual_seed(0)
+        for basis in {id(basis): basis for basis in bases.values()}.values():
+            if kind == "transposed":
+                U, V = basis.U.T, basis.V
+            else:
+                U, V = (
+                    None if b is None else torch.linalg.qr(torch.randn(b.shape, generator=generator)).Q for b in (basis.U, basis.V)
+                )
+            other[id(basis)] = sparsegrad.Basis(U, V)
+        return {name: other[id(basis)] for name, basis in bases.items()}
+
+    sparsegrad.find_bases = find_bases
+
+
+def with_refreshed_bases() -> None:
+    used = {}
+
+    def find_bases(model, batches, *args, **options):
+        used.update(batches=batches, args=args, options=options)
+        return found(model, batches, *args, **options)
+
+    def training_step(trainer, *args, **options):
+        if trainer.state.global_step == trainer.state.max_steps // 2:
+            refresh(trainer.model, trainer.optimizer.optimizer)
+        return step(trainer, *args, **options)
+
+    def refresh(model, optimizer):
+        layers = sparsegrad.sparsegrad_layers(model)
+        (k,) = {layer.k for layer in layers.values()}
+        sparsegrad.unpatch_model(model)
+        sparsegrad.patch_model(model, found(model, used["batches"], *used["args"], **used["options"]), k)
+        new = {layers[name].core: layer.core for name, layer in sparsegrad.sparsegrad_layers(model).items()}
+        for group in optimizer.param_groups:
+            group["params"] = [new.get(p, p) for p in group["params"]]
+        for core in new:  # new coordinates, so the moments begin anew
+            optimizer.state.pop(core, None)
+
+    sparsegrad.find_bases = find_bases
+    step, finetune.SparseGradTrainer.training_step = finetune.SparseGradTrainer.training_step, training_step
+
+
+def with_core_rate(times: float) -> None:
+    make = finetune._sparse_optimizer
+
+    def make_optimizer(model, training):
+        optimizer = make(model, training)
+        cores = {layer.core for layer in sparsegrad.sparsegrad_layers(model).values()}
+        for group in list(optimizer.param_groups):
+            trained = group["params"]
+            group["params"] = [p for p in trained if p not in cores]
+            optimizer.add_param_group({**group, "params": [p for p in trained if p in cores], "lr": times * group["lr"]})
+        return optimizer
+
+    finetune._sparse_optimizer = make_optimizer
+
+
+def main() -> None:
+    change, script = sys.argv[1:3]
+    name, _, value = change.partition("=")
+    if name == "core-rate":
+        with_core_rate(float(value))
+    elif name == "refreshed":
+        with_refreshed_bases()
+    else:
+        with_other_bases(name)
+    sys.argv = sys.argv[2:]
+    runpy.run_path(str(pathlib.Path(sparsegrad.__file__).parent / script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
