@@ -892,6 +892,14 @@ def test_the_whole_core_has_a_dense_gradient(kind, k):
     assert layer.k is None and not layer.core.grad.is_sparse
 
 
+def test_a_layer_with_nothing_to_cut_compiles_whole():
+    layer, x = make_layer("truncated", k=1.0), torch.randn(3, IN)
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    grad, layer.core.grad = layer.core.grad, None
+    layer(x).square().sum().backward()
+    assert torch.allclose(grad, layer.core.grad, atol=1e-5)
+
+
 def test_a_basis_is_brought_to_the_cores_dtype():
     layer = SparseGradLinear.from_linear(nn.Linear(IN, OUT), make_basis("complete", torch.float64), 3)
     assert layer.basis.U.dtype == torch.float32
