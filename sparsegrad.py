@@ -561,14 +561,15 @@ class SparseGradLinear(nn.Module):
     """A linear layer that trains through the k largest entries of its rotated gradient.
 
     Made by `from_linear`, undone by `to_linear`. `residual` (out, in) is the pretrained
-    weight, frozen, in its own dtype; `core` (r_out, r_in) trains, in fp32 or better;
+    weight, frozen, in its own dtype; `core` (r_out, r_in) trains, in fp32 or better
+    (ValueError in less, where steps of size lr would vanish in rounding);
     `bias` is the linear's own parameter. Input (..., in), output (..., out).
 
     A quantised linear is kept as it is, as `base`, and `residual` is None: `base` multiplies
     by W, this layer adds what V C Uᵀ gives.
 
-    On a CPU, a layer with a large fp32 core that SparseGradAdamW trains holds one more tensor (out, in),
-    W + V C Uᵀ, from step to step; saving, copying or moving the layer drops it.
+    On a CPU, a layer with a large fp32 core that SparseGradAdamW trains by k of its entries holds one more tensor
+    (out, in), W + V C Uᵀ, from step to step; saving, copying or moving the layer drops it.
     """
 
     _kept: tuple[list | None, Tensor | None] = (None, None)  # what W + V C Uᵀ was made from, and itself
@@ -634,6 +635,8 @@ class SparseGradLinear(nn.Module):
         dtype = torch.get_autocast_dtype(device) if autocast else own
         if x.dtype != dtype and not autocast:
             raise RuntimeError(f"input is {x.dtype} but the layer is {dtype}")
+        if torch.is_grad_enabled() and self.core.requires_grad and self.core.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError("a core in fp16 or bf16 cannot train: its steps vanish in rounding; keep it in fp32")
         U, V = self.basis.U, self.basis.V
         r_out, r_in = (None if b is None else b.shape[1] for b in (V, U))
         tokens = x.reshape(-1, x.shape[-1])  # (T, in)
@@ -820,8 +823,7 @@ class SparseGradAdamW(torch.optim.Optimizer):
 
     The lazy one is that of torch.optim.SparseAdam: only entries present in the gradient
     move, their moments with them; no weight decay; one step count for all entries. Its
-    two moments are dense, so its memory is AdamW's. Cores in fp16 or bf16 are refused,
-    since steps of size lr would vanish in rounding. A core with a dense gradient decays
+    two moments are dense, so its memory is AdamW's. A core with a dense gradient decays
     as any parameter: towards 0, where the layer is the pretrained one.
 
     k: cut each COO gradient to its k largest entries before the step, a count. Accumulation
@@ -843,8 +845,6 @@ class SparseGradAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse and p.dtype in (torch.float16, torch.bfloat16) for p in params):
-                raise ValueError("a core in fp16 or bf16 cannot train: its steps vanish in rounding; keep it in fp32")
             if group["k"] is not None and any(p.grad.is_sparse and p.grad.dense_dim() for p in params):
                 raise ValueError("k cuts entries, but a gradient is sparse by rows (an embedding's): give it a group with k=None")
             for p in params:
@@ -1010,7 +1010,8 @@ def load_sparsegrad_state_dict(model: nn.Module, state: Mapping[str, Tensor]) ->
     patch_model(model, {name: bases[meta[4]] for name, meta in metas.items()}, None)
     with torch.no_grad():
         for name, layer in sparsegrad_layers(model).items():
-            layer.k = metas[name][5] or None
+            k = metas[name][5]
+            layer.k = k if 0 < k < layer.core.numel() else None
             index = state[f"{name}.core.indices"].to(layer.core.device, torch.int64)
             layer.core.view(-1)[index] = state[f"{name}.core.values"].to(layer.core)
         for name, value in others.items():

@@ -1594,7 +1594,7 @@ def claim(tmp_path, monkeypatch):
 
     def store(lr, seed, held_out, loss, accuracy=0.5, cell=CELL):
         metrics = {"metrics": {"eval_loss": loss, "eval_accuracy": accuracy}} if loss is not None else {"diverged": "lower --lr"}
-        finetune.write_json(experiments.Run(*cell, lr, seed, held_out).path, metrics)
+        finetune.write_json(experiments.Run(*cell, lr, seed, held_out).path, {"arguments": {"bf16": False}, **metrics})
 
     return store
 
@@ -1703,6 +1703,13 @@ def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim,
     experiments.make(mixed, {"glue": str(data_folder)}, 1, bf16=True)
     assert mixed.result()["arguments"]["bf16"] and not final["arguments"]["bf16"]
     mixed.path.unlink()
+    monkeypatch.setitem(experiments.OPTIONS, "lora", "--method sparsegrad --rank 8 @core-rate=3")
+    diverged = experiments.Run(*CELL, 1e38, 9, False)
+    experiments.make(diverged, {"glue": str(data_folder)}, 1)
+    stored = diverged.result()
+    assert "lower --lr" in stored["diverged"] and stored["arguments"]["change"] == "core-rate=3"
+    assert stored["arguments"]["output_dir"] is None and stored["arguments"]["data"] == data_folder.name
+    diverged.path.unlink()
     monkeypatch.setitem(experiments.OPTIONS, "lora", "--method lora --rank 10000")
     with pytest.raises(finetune.UserError, match="beyond"):
         experiments.make(experiments.Run(*CELL, 1e-5, 9, False), {"glue": str(data_folder)}, 1)
@@ -1748,16 +1755,24 @@ def variant(model_folder, data_folder, tmp_path, monkeypatch):
     return run
 
 
-def test_bases_are_refreshed_halfway(variant):
-    options = ["--rank", 8, "--lr", 1e-3, "--max-steps", 4]
-    plain, refreshed = variant("", *options), variant("refreshed", *options)
+def test_bases_are_refreshed_halfway(variant, model_folder, tmp_path):
+    options = ["--rank", 8, "--lr", 1e-3, "--max-steps", 4, "--freeze"]
+    plain, refreshed = variant("", *options), variant("refreshed", *options, "--merge", tmp_path / "merged")
     bases = [key for key in plain if key.startswith("sparsegrad.basis.")]
     assert len(bases) == 8
     for key in bases:
         assert not torch.allclose(refreshed[key], plain[key], atol=1e-3)
         assert torch.allclose(refreshed[key].T @ refreshed[key], torch.eye(8), atol=1e-5)
-    values = refreshed["bert.encoder.layer.1.output.dense.core.values"]
-    assert 1e-3 < values.abs().max() < 3e-3  # it trained two steps since
+    name = "bert.encoder.layer.1.output.dense"
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, tmp_path / "merged"))
+    learned = after[f"{name}.weight"] - before[f"{name}.weight".removeprefix("bert.")]  # (out, in)
+    core, (_, _, rows, columns, number, _) = refreshed[f"{name}.core.values"], refreshed[f"{name}.core.meta"].tolist()
+    C = torch.zeros(rows * columns)
+    C[refreshed[f"{name}.core.indices"].long()] = core
+    second_half = refreshed[f"sparsegrad.basis.{number}.V"] @ C.view(rows, columns) @ refreshed[f"sparsegrad.basis.{number}.U"].T
+    assert 1e-3 < core.abs().max() < 3e-3  # two steps since
+    first_half = learned - second_half
+    assert 1e-3 < (first_half.norm() / C.count_nonzero() ** 0.5) < 3e-3  # and what two steps before it learned is there too
 
 
 def test_the_rate_of_the_cores_is_scaled_alone(variant):
@@ -1766,6 +1781,11 @@ def test_the_rate_of_the_cores_is_scaled_alone(variant):
     assert plain[core].abs().max().item() == pytest.approx(1e-3, rel=1e-2)  # Adam's first step
     assert scaled[core].abs().max().item() == pytest.approx(3e-3, rel=1e-2)
     assert torch.equal(plain[head], scaled[head])
+
+
+def test_a_change_that_is_none_is_refused(variant):
+    with pytest.raises(SystemExit, match="core_rate=3 is no change"):
+        variant("core_rate=3")
 
 
 @pytest.mark.parametrize("kind", ["random", "transposed"])

@@ -6,6 +6,9 @@ random       orthonormal columns, seeded, instead of HOSVD's
 transposed   U transposed, as in the released code; for complete bases
 refreshed    bases found anew halfway through training, from the weights as they are then
 core-rate=3  the cores' learning rate in multiples of that of all else that trains
+
+For what the runs measure: `--resume` goes on without the change, and the adapter of a refreshed run goes onto the
+weights as they were halfway (`--merge` has all).
 """
 
 import pathlib
@@ -46,7 +49,8 @@ def with_refreshed_bases() -> None:
         return found(model, batches, *args, **options)
 
     def training_step(trainer, *args, **options):
-        if trainer.state.global_step == trainer.state.max_steps // 2:
+        if trainer.state.global_step == trainer.state.max_steps // 2 and not used.get("refreshed"):
+            used["refreshed"] = True
             refresh(trainer.model, trainer.optimizer.optimizer)
         return step(trainer, *args, **options)
 
@@ -87,8 +91,10 @@ def main() -> None:
         with_core_rate(float(value))
     elif name == "refreshed":
         with_refreshed_bases()
-    else:
+    elif name in ("random", "transposed"):
         with_other_bases(name)
+    else:
+        sys.exit(f"{change} is no change: random, transposed, refreshed or core-rate=NUMBER")
     sys.argv = sys.argv[2:]
     runpy.run_path(str(pathlib.Path(sparsegrad.__file__).parent / script), run_name="__main__")
 
