@@ -1010,8 +1010,7 @@ def load_sparsegrad_state_dict(model: nn.Module, state: Mapping[str, Tensor]) ->
     patch_model(model, {name: bases[meta[4]] for name, meta in metas.items()}, None)
     with torch.no_grad():
         for name, layer in sparsegrad_layers(model).items():
-            k = metas[name][5]
-            layer.k = k if 0 < k < layer.core.numel() else None
+            layer.k = _check_fit(name, metas[name][:2], layer.basis, metas[name][5] or None)
             index = state[f"{name}.core.indices"].to(layer.core.device, torch.int64)
             layer.core.view(-1)[index] = state[f"{name}.core.values"].to(layer.core)
         for name, value in others.items():

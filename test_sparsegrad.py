@@ -892,6 +892,15 @@ def test_the_whole_core_has_a_dense_gradient(kind, k):
     assert layer.k is None and not layer.core.grad.is_sparse
 
 
+def test_a_file_whose_k_is_the_whole_core_loads_with_a_dense_gradient():
+    model, fresh = (nn.Sequential(nn.Linear(IN, OUT)) for _ in range(2))
+    sg.patch_model(model, None, k=5, target_modules=["0"])
+    state = sg.sparsegrad_state_dict(model)
+    state["0.core.meta"][5] = IN * OUT  # as files had it once
+    sg.load_sparsegrad_state_dict(fresh, state)
+    assert fresh[0].k is None
+
+
 def test_a_layer_with_nothing_to_cut_compiles_whole():
     layer, x = make_layer("truncated", k=1.0), torch.randn(3, IN)
     torch.compile(layer, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
