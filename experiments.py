@@ -308,16 +308,19 @@ def figure(path: pathlib.Path) -> None:
             columns[column] = found
     if not columns:
         raise finetune.UserError(f"{FOLDER} has no task yet in which two methods are through")
-    drawn, axes = plt.subplots(
-        1, len(columns), figsize=(1.2 + 2.4 * len(columns), 2.6), layout="constrained", sharey=True, squeeze=False
-    )
+    wide = min(len(columns), 4)
+    high = math.ceil(len(columns) / wide)
+    drawn, axes = plt.subplots(high, wide, figsize=(1.2 + 2.4 * wide, 2.4 * high), layout="constrained", sharey=True, squeeze=False)
+    for ax in axes.flat[len(columns) :]:
+        ax.remove()
     names = [method for method in METHODS if any(method in found for found in columns.values())]
-    for ax, (column, found) in zip(axes[0], columns.items()):
+    for ax, (column, found) in zip(axes.flat, columns.items()):
         for method, of in found.items():
             at, color = names.index(method), "#000000" if method in PEERS else "#d95f02"
             ax.plot(of, [at] * len(of), "o", color=color, alpha=0.5, markersize=5)
             ax.plot([statistics.mean(of)] * 2, [at - 0.3, at + 0.3], color=color, linewidth=2)
         ax.set_title(head(column), fontsize="small")
+        ax.locator_params(axis="x", nbins=4)
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(alpha=0.3)
