@@ -188,9 +188,10 @@ def make(run: Run, paths: dict[str, str], threads: int, bf16: bool = False) -> N
             raise finetune.UserError(f"{run.path.relative_to(FOLDER)} failed: {done.stderr.strip()[-500:]}")
     arguments = results["arguments"]
     arguments["output_dir"] = None  # it was a temporary one
-    for key in ("model", "data"):  # no paths of this machine
-        if os.path.isabs(path := arguments[key] or ""):
-            arguments[key] = os.path.basename(path)
+    for told in (arguments, results.get("used", {})):
+        for key in ("model", "data"):  # no paths of this machine
+            if os.path.isabs(path := told.get(key) or ""):
+                told[key] = os.path.basename(path)
     if change := options_of(run.method)[1]:
         arguments["change"] = change  # the script does not know
     finetune.write_json(run.path, results)
@@ -295,7 +296,7 @@ def spread(of: list[float], sign: str = "") -> str:
 
 
 def figure(path: pathlib.Path) -> None:
-    """A panel a column: every seed a dot, their mean a bar, a row a method."""
+    """A panel a column: every seed a dot, their mean a bar, a row a method; right is better."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -321,6 +322,8 @@ def figure(path: pathlib.Path) -> None:
             ax.plot([statistics.mean(of)] * 2, [at - 0.3, at + 0.3], color=color, linewidth=2)
         ax.set_title(head(column), fontsize="small")
         ax.locator_params(axis="x", nbins=4)
+        if TASKS[column[0]].metric == "eval_loss":
+            ax.invert_xaxis()  # right is better
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(alpha=0.3)
