@@ -1437,7 +1437,7 @@ def test_a_norm_without_clipping_scales_nothing():
 PLAIN_TRAINER = pytest.param(
     transformers.Trainer,
     marks=pytest.mark.skipif(
-        torch.__version__ < "2.15", reason="torch up to 2.13 cannot take the norm of COO gradients, which this Trainer logs"
+        torch.__version__ < "2.14", reason="torch up to 2.13 cannot take the norm of COO gradients, which this Trainer logs"
     ),
 )
 
