@@ -43,6 +43,10 @@ class Task(NamedTuple):
     def paths(self) -> list[str]:
         return [field for _, field, _, _ in string.Formatter().parse(self.options) if field]
 
+    @property
+    def lower_is_better(self) -> bool:
+        return self.metric == "eval_loss"
+
 
 TASKS = {
     "sst2": Task("glue_run.py --task sst2 --data {glue} --max-train-samples 8000 --epochs 1 --schedule linear",
@@ -242,7 +246,7 @@ Column = tuple[str, str]  # task, setting
 def head(column: Column) -> str:
     task, setting = column
     metric = TASKS[task].metric.removeprefix("eval_")
-    return f"{task}, {setting} ({metric}{', lower is better' * (metric == 'loss')})"
+    return f"{task}, {setting} ({metric}{', lower is better' * TASKS[task].lower_is_better})"
 
 
 def grid(corner: list[str], columns: list[str], rows: dict[tuple[str, ...], list[str]]) -> str:
@@ -285,7 +289,7 @@ def cell_text(lr: float | None, of: list[float]) -> str:
 
 
 def lead(task: str, ours: list[float], theirs: list[float]) -> str:
-    sign = -1 if TASKS[task].metric == "eval_loss" else 1
+    sign = -1 if TASKS[task].lower_is_better else 1
     return spread([sign * (a - b) for a, b in zip(ours, theirs)], "+")
 
 
@@ -322,8 +326,8 @@ def figure(path: pathlib.Path) -> None:
             ax.plot([statistics.mean(of)] * 2, [at - 0.3, at + 0.3], color=color, linewidth=2)
         ax.set_title(head(column), fontsize="small")
         ax.locator_params(axis="x", nbins=4)
-        if TASKS[column[0]].metric == "eval_loss":
-            ax.invert_xaxis()  # right is better
+        if TASKS[column[0]].lower_is_better:
+            ax.invert_xaxis()
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(alpha=0.3)
