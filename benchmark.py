@@ -46,7 +46,12 @@ NAMES = ("frozen", "ft", "lora", "shira", "meprop", "sparsegrad", "literal")
 FAST, CUT = "sparsegrad:narrow:rank=8:k=all", "sparsegrad:narrow:rank=32"  # about as many trained as LoRA, as many updated a step
 METHODS = ["frozen", "ft", "lora", "shira", "meprop", FAST, CUT]
 METHODS += ["sparsegrad:rank=128", "sparsegrad:narrow", "sparsegrad", "literal"]
-SEARCHES = {"complete, exact": {}, "complete, sketch=64": {"sketch": 64}, "narrow, exact": {"sides": "narrow"}}
+SEARCHES = {
+    "complete, exact": {},
+    "complete, sketch=64": {"sketch": 64},
+    "narrow, exact": {"sides": "narrow"},
+    "each layer's own, rank=128": {"share": "layer", "rank": 128},
+}
 CONFIGS = {
     "bert-base": transformers.BertConfig,
     "roberta-base": lambda: transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
@@ -537,7 +542,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=finetune.number(int, 1), help="steps before them, default 3")
     add("--basis-steps", type=finetune.number(int, 1), help="steps that the bases are made from, default 30")
     add("--basis-lr", type=finetune.number(float, 0.0), help="their learning rate, default 5e-5")
-    add("--searches", action="store_true", default=None, help="also find bases by a sketch, and for the narrow side")
+    add("--searches", action="store_true", default=None, help="also find bases by a sketch, for the narrow side, and for each layer")
     add(
         "--return-memory",
         action="store_true",
