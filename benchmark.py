@@ -542,7 +542,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=finetune.number(int, 1), help="steps before them, default 3")
     add("--basis-steps", type=finetune.number(int, 1), help="steps that the bases are made from, default 30")
     add("--basis-lr", type=finetune.number(float, 0.0), help="their learning rate, default 5e-5")
-    add("--searches", action="store_true", default=None, help="also find bases by a sketch, for the narrow side, and for each layer")
+    add("--searches", action="store_true", default=None, help="also find bases by a sketch, for one side, and for each layer")
     add(
         "--return-memory",
         action="store_true",
