@@ -10,7 +10,7 @@ the method and the head: `freeze`) and a method. In each cell the learning rate 
 loss on a held-out part of the training set is found on seed 0, in steps of about three from 1e-5
 to 1e-1; the grid grows until the best is not at its edge, or at one of those. Then SEEDS train at that
 rate and are measured on the dev set. Every run is `glue_run.py` or `llama_run.py`, without a hub,
-so on MiniLM and SmolLM2, or, for other models, results/other-models/vit.py; its results.json is kept.
+so on MiniLM and SmolLM2, or, for other models, a script of results/other-models; its results.json is kept.
 """
 
 import concurrent.futures
@@ -34,7 +34,7 @@ FOLDER = HERE / "results" / "claim"
 
 class Task(NamedTuple):
     options: str  # script and options; {glue} stands for what --glue gives
-    held_out: int  # training rows or trees to choose the learning rate on
+    held_out: int  # training rows, trees or people to choose the learning rate on
     metric: str
     narrow_rank: int  # at which a core on the narrow side has 1 % of a linear's entries
     settings: tuple[str, ...] = ("freeze",)
@@ -59,8 +59,9 @@ TASKS = {
     "t5": Task("glue_run.py --task sst2 --model {t5} --data {glue} --max-train-samples 4000 --epochs 1 --schedule linear",
                1000, "eval_accuracy", 5),
     "vit": Task("results/other-models/vit.py --model {vit} --data {images}", 800, "eval_accuracy", 4),
+    "gpt2": Task("results/other-models/gpt2.py --model {gpt2} --data {counts}", 20, "eval_loss", 3),
 }  # fmt: skip
-OTHER_MODELS = ("t5", "vit")  # beyond the paper's
+OTHER_MODELS = ("t5", "vit", "gpt2")  # beyond the paper's
 COLUMNS = [(task, setting) for task in TASKS for setting in TASKS[task].settings]
 METHODS = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "ft": "--method ft",
@@ -98,6 +99,8 @@ PATHS = {
     "t5": "a T5 with its tokenizer, a folder (results/other-models)",
     "vit": "a ViT or DINOv2, a folder (results/other-models)",
     "images": "grey images, comma-separated, the class last in a row",
+    "gpt2": "a GPT-2 with its genera, a folder (results/other-models)",
+    "counts": "counts of genera in samples, comma-separated",
 }
 PEERS = ("ft", "lora", "meprop")
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

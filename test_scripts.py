@@ -36,6 +36,7 @@ import sparsegrad
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE / "results" / folder) for folder in ("other-models", "claim", "benchmark")]
 import energy  # noqa: E402
+import gpt2  # noqa: E402
 import variants  # noqa: E402
 import vit  # noqa: E402
 
@@ -1724,7 +1725,7 @@ def test_every_command_of_the_experiments_is_one_its_script_takes(task, setting,
     command = experiments.Run(task, setting, method, 1e-3, 4, True).command(dict.fromkeys(experiments.PATHS, "a path"), "out")
     if pathlib.Path(command[1]).name == "variants.py":
         assert command.pop(1) and method.endswith(command.pop(1).replace("core-rate=", "core rate "))
-    script = {"glue_run.py": glue_run, "llama_run.py": llama_run, "vit.py": vit}[pathlib.Path(command[1]).name]
+    script = {"glue_run.py": glue_run, "llama_run.py": llama_run, "vit.py": vit, "gpt2.py": gpt2}[pathlib.Path(command[1]).name]
     monkeypatch.setattr(sys, "argv", command[1:])
     args = script.parse()
     assert not args.bf16 or torch.cuda.is_available()  # llama_run.py's default there
@@ -1870,6 +1871,68 @@ def test_vit_refuses_what_is_no_square(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         finetune.run(vit.main)
     assert "4 numbers a row, where it should be a square's pixels and a class" in capsys.readouterr().err
+
+
+@pytest.fixture
+def gut(tmp_path):
+    """A tiny GPT-2 that knows genera A to L, and counts of 31 people: in all but the first the genera fall off as the alphabet."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=16, n_positions=16, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    genera = [f"g__{genus},0.1,{0.01 if genus == 'C' else 0.1}" for genus in "ABCDEFGHIJKL"]
+    (tmp_path / "model" / "genera.csv").write_text("\n".join(["#SampleID,mean,std", *genera]))
+    counts = [[f"P{person}{visit}" for person in range(1, 31) for visit in ("", ".2")]]
+    counts += [[2 ** (11 - i)] * 60 for i in range(12)] + [[4000] * 60]
+    first = [0, 0, 30, 20, 50] + [0] * 7 + [900]
+    lines = [
+        f"{name},{of_first}," + ",".join(map(str, row)) for name, of_first, row in zip("-ABCDEFGHIJKLX", ["P0", *first], counts)
+    ]
+    (tmp_path / "counts.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+def gpt2_args(gut, *options):
+    return ["gpt2.py", "--model", str(gut / "model"), "--data", str(gut / "counts.csv"), "--lr", "5e-2", *options]
+
+
+def test_a_sample_is_the_sentence_of_its_genera(gut, monkeypatch):
+    monkeypatch.setattr(sys, "argv", gpt2_args(gut))
+    splits = gpt2.load_sentences(gpt2.parse())
+    rows = [*splits["train"]["input_ids"], *splits["dev"]["input_ids"]]
+    # C, D, E are 0.3, 0.2, 0.5 of the reads of known genera: 20, 1 and 4 standard deviations above the mean.
+    assert [row for row in rows if len(row) == 5] == [[2, 6, 8, 7, 3]]
+    assert len(rows) == 61 and len(splits["dev"]) in (11, 12)  # six people, both visits of each
+
+
+def test_no_person_is_on_both_sides_of_a_split(gut, monkeypatch):
+    lines = (gut / "counts.csv").read_text().splitlines()
+    people = [name.partition(".")[0] for name in lines[0].split(",")[1:]]
+    number = {person: i for i, person in enumerate(dict.fromkeys(people), 1)}
+    patterns = [[genus] + [number[p] >> i & 1 for p in people] for i, genus in enumerate("ABCDE")]  # tells who it is
+    (gut / "counts.csv").write_text("\n".join([lines[0], *(",".join(map(str, row)) for row in patterns)]))
+    for held_out in ([], ["--held-out", "5"]):
+        monkeypatch.setattr(sys, "argv", gpt2_args(gut, *held_out))
+        splits = gpt2.load_sentences(gpt2.parse())
+        train, dev = (set(map(tuple, splits[split]["input_ids"])) for split in ("train", "dev"))
+        assert train and dev and not train & dev
+
+
+@pytest.mark.parametrize("method", ["ft", "lora", "meprop", "sparsegrad"])
+def test_gpt2_learns_the_order_of_genera(method, gut, monkeypatch):
+    options = ["--method", method, "--epochs", "3", "--output-dir", str(gut / "run")]
+    monkeypatch.setattr(sys, "argv", gpt2_args(gut, *options, *(["--k", "0.1"] if method != "ft" else [])))
+    finetune.run(gpt2.main)
+    results = json.loads((gut / "run" / "results.json").read_text())
+    assert results["linears"] == 2 and results["used"]["train_rows"] + results["used"]["dev_rows"] == 61
+    assert results["metrics"]["eval_loss"] < results["metrics_before"]["eval_loss"] - 0.3
+
+
+def test_gpt2_refuses_counts_of_genera_it_does_not_know(gut, monkeypatch, capsys):
+    (gut / "counts.csv").write_text("-,P0,P1\nX,1,2\n")
+    monkeypatch.setattr(sys, "argv", gpt2_args(gut))
+    with pytest.raises(SystemExit):
+        finetune.run(gpt2.main)
+    assert "the model knows no genus of its first column, such as A" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

