@@ -1875,18 +1875,19 @@ def test_vit_refuses_what_is_no_square(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def gut(tmp_path):
-    """A tiny GPT-2 that knows genera A to L, and counts of 31 people: in all but the first the genera fall off as the alphabet."""
+    """A tiny GPT-2 that knows genera A to L, and counts of 31 people, who have them in the alphabet's order, all but the first."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=16, n_positions=16, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
-    genera = [f"g__{genus},0.1,{0.01 if genus == 'C' else 0.1}" for genus in "ABCDEFGHIJKL"]
+    usual = {"D": "0.1,0.01", "E": "0.49,0.1"}  # mean, standard deviation
+    genera = [f"g__{genus},{usual.get(genus, '0.1,0.1')}" for genus in "ABCDEFGHIJKL"]
     (tmp_path / "model" / "genera.csv").write_text("\n".join(["#SampleID,mean,std", *genera]))
-    counts = [[f"P{person}{visit}" for person in range(1, 31) for visit in ("", ".2")]]
-    counts += [[2 ** (11 - i)] * 60 for i in range(12)] + [[4000] * 60]
-    first = [0, 0, 30, 20, 50] + [0] * 7 + [900]
-    lines = [
-        f"{name},{of_first}," + ",".join(map(str, row)) for name, of_first, row in zip("-ABCDEFGHIJKLX", ["P0", *first], counts)
-    ]
+    samples = {"P0": dict(C=30, D=20, E=50, X=900)}
+    for person in range(1, 31):
+        samples[f"P{person}"] = {genus: 10 ** (11 - i) for i, genus in enumerate("ABCDEFGHIJKL")}
+        samples[f"P{person}.2"] = {genus: 10 ** (11 - i) for i, genus in enumerate("ABCDEF")}
+    lines = [",".join(["Taxa", *samples])]
+    lines += [",".join([genus, *(str(count.get(genus, 0)) for count in samples.values())]) for genus in "ABCDEFGHIJKLX"]
     (tmp_path / "counts.csv").write_text("\n".join(lines))
     return tmp_path
 
@@ -1899,8 +1900,8 @@ def test_a_sample_is_the_sentence_of_its_genera(gut, monkeypatch):
     monkeypatch.setattr(sys, "argv", gpt2_args(gut))
     splits = gpt2.load_sentences(gpt2.parse())
     rows = [*splits["train"]["input_ids"], *splits["dev"]["input_ids"]]
-    # C, D, E are 0.3, 0.2, 0.5 of the reads of known genera: 20, 1 and 4 standard deviations above the mean.
-    assert [row for row in rows if len(row) == 5] == [[2, 6, 8, 7, 3]]
+    # C, D, E are 0.3, 0.2, 0.5 of the reads of known genera: 2, 10 and 0.1 standard deviations above the mean.
+    assert [row for row in rows if len(row) == 5] == [[2, 7, 6, 8, 3]]
     assert len(rows) == 61 and len(splits["dev"]) in (11, 12)  # six people, both visits of each
 
 
@@ -1925,6 +1926,12 @@ def test_gpt2_learns_the_order_of_genera(method, gut, monkeypatch):
     results = json.loads((gut / "run" / "results.json").read_text())
     assert results["linears"] == 2 and results["used"]["train_rows"] + results["used"]["dev_rows"] == 61
     assert results["metrics"]["eval_loss"] < results["metrics_before"]["eval_loss"] - 0.3
+    model = transformers.GPT2LMHeadModel.from_pretrained(gut / "model").eval()
+    dev = [torch.tensor([row]) for row in gpt2.load_sentences(gpt2.parse())["dev"]["input_ids"]]
+    with torch.no_grad():
+        losses = [(model(ids, labels=ids).loss.item(), ids.shape[1] - 1) for ids in dev]
+    mean = sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
+    assert results["metrics_before"]["eval_loss"] == pytest.approx(mean, rel=1e-4)  # of all tokens, none of them padding
 
 
 def test_gpt2_refuses_counts_of_genera_it_does_not_know(gut, monkeypatch, capsys):

@@ -19,6 +19,7 @@ import torch
 import transformers
 
 import finetune
+import llama_run
 from finetune import UserError
 
 K = 0.01
@@ -56,10 +57,12 @@ def main() -> None:
     folder = finetune.open_folder(args, f"gpt2-{args.method}-seed{args.seed}")
     used = {"model": args.model.name, "data": args.data.name} | {f"{split}_rows": len(splits[split]) for split in splits}
     run = finetune.train_and_report(
-        args=args, folder=folder, make_model=make_model, tokenizer=None, used=used, evaluate_first=True,
+        args=args, folder=folder, make_model=make_model, tokenizer=None, used=used,
+        trainer_class=llama_run.LanguageTrainer, evaluate_first=True,
         training_options=dict(eval_strategy="epoch", save_strategy="no", lr_scheduler_type="linear",
-                              per_device_eval_batch_size=len(splits["dev"])),  # one batch: a mean over all tokens
-        trainer_options=dict(train_dataset=splits["train"], eval_dataset=splits["dev"], data_collator=collate),
+                              per_device_eval_batch_size=args.batch_size),
+        trainer_options=dict(train_dataset=splits["train"], eval_dataset=splits["dev"], data_collator=collate,
+                             compute_metrics=llama_run.language_metrics, preprocess_logits_for_metrics=llama_run.token_losses),
     )  # fmt: skip
     losses = " before, ".join(f"{run[when]['eval_loss']:.4f}" for when in ("metrics_before", "metrics"))
     finetune.print_table({"loss": f"{losses} after"} | finetune.cost_rows(run, folder))
