@@ -1623,13 +1623,21 @@ def test_the_experiments_table_gives_means_spreads_and_leads(claim):
             assert f"| {method} |" not in told  # not before all seeds are there
             claim(1e-3, seed, False, 0.3, value, cell=cell)
     printed = experiments.tables()
-    assert list(printed) == ["The claim", "Leads"]  # nothing was run of the others
+    assert list(printed) == ["The claim", "In short", "Leads"]  # nothing was run of the others
     assert "| lora | 0.9000 ± 0.1000 (0.001) |\n| sparsegrad | 1.0000 ± 0.1732 (0.001) |" in printed["The claim"]
     assert "| sparsegrad | lora | +0.1000 ± 0.1000 |" in printed["Leads"]
     claim(1e-3, 4, False, None, cell=(*CELL[:2], "sparsegrad"))
     assert "| sparsegrad | diverged (0.001) |" in experiments.tables()["The claim"]
     loss = experiments.lead("oasst", [1.0, 1.2], [1.5, 1.7])  # lower is better
     assert loss == "+0.5000 ± 0.0000"
+
+
+def test_a_lead_is_told_in_short_if_it_is_larger_than_its_spread():
+    assert experiments.verdict("sst2", [0.8, 0.9, 1.2], [0.8, 0.9, 1.0]) == "equal"  # 0.0667 ± 0.1155
+    assert experiments.verdict("sst2", [0.9, 1.0, 1.2], [0.8, 0.9, 1.0]) == "ahead, 0.1333 ± 0.0577"
+    assert experiments.verdict("oasst", [0.9, 1.0, 1.2], [0.8, 0.9, 1.0]) == "behind, 0.1333 ± 0.0577"
+    assert experiments.verdict("sst2", [0.9, math.nan, 1.2], [0.8, 0.9, 1.0]) == "diverged"
+    assert experiments.verdict("sst2", [], [0.8, 0.9, 1.0]) == ""
 
 
 def test_ablations_stand_beside_what_they_change_and_other_models_a_line_each(claim):
@@ -1643,7 +1651,7 @@ def test_ablations_stand_beside_what_they_change_and_other_models_a_line_each(cl
         for seed in experiments.SEEDS:
             claim(1e-3, seed, False, 0.3, value, cell=cell)
     printed = experiments.tables()
-    assert list(printed) == ["Leads", "Ablations", "Other models"]
+    assert list(printed) == ["In short", "Leads", "Ablations", "Other models"]
     assert printed["Leads"].splitlines()[2:] == ["| own, rank 128 | lora | +0.1000 ± 0.0000 |"]
     own, wider = "| own, rank 128 | 0.6000 ± 0.0000 (0.001) |", "| own, rank 256 | 0.7000 ± 0.0000 (0.001) |"
     assert f"{own}\n{wider}" in printed["Ablations"] and "lora" not in printed["Ablations"]
@@ -1676,7 +1684,11 @@ def test_the_experiments_figure_is_drawn(tmp_path, monkeypatch):
 
 def test_the_tables_of_the_claim_are_those_of_the_stored_runs():
     tables = experiments.tables()
-    places = {".": ("The claim",), "results/claim": ("The claim", "Leads", "Ablations"), "results/other-models": ("Other models",)}
+    places = {
+        ".": ("The claim", "In short"),
+        "results/claim": ("The claim", "Leads", "Ablations"),
+        "results/other-models": ("Other models",),
+    }
     for folder, titles in places.items():
         told = (HERE / folder / "README.md").read_text(encoding="utf-8")
         for title in titles:
