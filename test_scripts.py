@@ -1634,6 +1634,8 @@ def test_the_experiments_table_gives_means_spreads_and_leads(claim):
 
 def test_a_lead_is_told_in_short_if_it_is_larger_than_its_spread():
     assert experiments.verdict("sst2", [0.8, 0.9, 1.2], [0.8, 0.9, 1.0]) == "equal"  # 0.0667 ± 0.1155
+    assert experiments.verdict("sst2", [0.1, 0.2, 0.3], [0.0, 0.2, 0.1]) == "equal"  # 0.1 ± 0.1
+    assert experiments.verdict("sst2", [1.1, 0.9, 1.1], [1.0, 0.9, 0.9]) == "equal"
     assert experiments.verdict("sst2", [0.9, 1.0, 1.2], [0.8, 0.9, 1.0]) == "ahead, 0.1333 ± 0.0577"
     assert experiments.verdict("oasst", [0.9, 1.0, 1.2], [0.8, 0.9, 1.0]) == "behind, 0.1333 ± 0.0577"
     assert experiments.verdict("sst2", [0.9, math.nan, 1.2], [0.8, 0.9, 1.0]) == "diverged"
