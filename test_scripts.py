@@ -1889,7 +1889,7 @@ def test_vit_refuses_what_is_no_square(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def gut(tmp_path):
-    """A tiny GPT-2 that knows genera A to L, and counts of 31 people, who have them in the alphabet's order, all but the first."""
+    """A tiny GPT-2 that knows genera A to L, and counts of 31 people, who have them in the alphabet's order, all people but P0."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=16, n_positions=16, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
@@ -1925,11 +1925,15 @@ def test_no_person_is_on_both_sides_of_a_split(gut, monkeypatch):
     number = {person: i for i, person in enumerate(dict.fromkeys(people), 1)}
     patterns = [[genus] + [number[p] >> i & 1 for p in people] for i, genus in enumerate("ABCDE")]  # tells who it is
     (gut / "counts.csv").write_text("\n".join([lines[0], *(",".join(map(str, row)) for row in patterns)]))
-    for held_out in ([], ["--held-out", "5"]):
-        monkeypatch.setattr(sys, "argv", gpt2_args(gut, *held_out))
-        splits = gpt2.load_sentences(gpt2.parse())
-        train, dev = (set(map(tuple, splits[split]["input_ids"])) for split in ("train", "dev"))
-        assert train and dev and not train & dev
+    splits = []
+    for options in ([], ["--seed", "1"], ["--held-out", "5"]):
+        monkeypatch.setattr(sys, "argv", gpt2_args(gut, *options))
+        found = gpt2.load_sentences(gpt2.parse())
+        splits.append({split: set(map(tuple, found[split]["input_ids"])) for split in ("train", "dev")})
+        assert splits[-1]["train"] and splits[-1]["dev"] and not splits[-1]["train"] & splits[-1]["dev"]
+    plain, other_seed, held_out = splits
+    assert other_seed["dev"] == plain["dev"]
+    assert held_out["train"] | held_out["dev"] == plain["train"]  # nobody of the dev set
 
 
 @pytest.mark.parametrize("method", ["ft", "lora", "meprop", "sparsegrad"])
@@ -1948,12 +1952,28 @@ def test_gpt2_learns_the_order_of_genera(method, gut, monkeypatch):
     assert results["metrics_before"]["eval_loss"] == pytest.approx(mean, rel=1e-4)  # of all tokens, none of them padding
 
 
-def test_gpt2_refuses_counts_of_genera_it_does_not_know(gut, monkeypatch, capsys):
-    (gut / "counts.csv").write_text("-,P0,P1\nX,1,2\n")
+PEOPLE = "Taxa," + ",".join(f"P{i}" for i in range(6))
+
+
+@pytest.mark.parametrize(
+    "counts, message",
+    [
+        ("-,P0,P1\nX,1,2\n", "no genus among X is one of genera.csv, such as A, B, C"),
+        (f"{PEOPLE}\nA,1,1,1,0,1,1\nX,1,1,1,1,1,1\n", "no genus in sample P3 is one of genera.csv"),
+        ("-,P0,P1\nA,1,2\n", "samples of 2 people, and it takes five or more"),
+        (f"{PEOPLE}\nA,1,1,1,1,1\n", "the rows are not all of one length; it should hold a genus a row, a sample a column"),
+        (f"{PEOPLE}\nA,1,1,1,1,1,1\nA,1,1,1,1,1,1\n", "a name stands in two rows"),
+        (f"{PEOPLE}\nA,1,1,1,1,1,-1\n", "numbers below 0"),
+        (f"{PEOPLE}\nA,1,1,1,1,1,NA\n", "could not convert string to float: 'NA'"),
+        ("", "cannot be read"),
+    ],
+)
+def test_gpt2_refuses_counts_that_are_none(counts, message, gut, monkeypatch, capsys):
+    (gut / "counts.csv").write_text(counts)
     monkeypatch.setattr(sys, "argv", gpt2_args(gut))
     with pytest.raises(SystemExit):
         finetune.run(gpt2.main)
-    assert "the model knows no genus of its first column, such as A" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """SparseGrad on a GPT-2, for `experiments.py`: `python gpt2.py --model FOLDER --data FILE`.
 
-The GPT-2 is one that has read gut bacteria (`rebuild.py gpt2` makes its FOLDER, genera.csv in it), FILE how often
-each genus was counted in samples of people's guts: comma-separated, a row a genus, a column a sample, PERSON or
-PERSON.VISIT above it. A sample is a sentence: its genera, by how many standard deviations each one's share lies
-above its mean in what the GPT-2 was pretrained on, the largest first. A fifth of the people, the same for every
-seed, are the dev set. Only the method trains, at a learning rate that falls to zero.
+The GPT-2 is one that has read samples of microbes (`rebuild.py gpt2` makes its FOLDER, genera.csv in it), FILE how
+often each genus was counted in samples of people's guts: comma-separated, a row a genus, a column a sample, PERSON
+or PERSON.VISIT above it. A sample is a sentence: its genera, by how many standard deviations each one's share (of
+the genera that are known) lies above its mean in what the GPT-2 was pretrained on, the largest first. A fifth of the
+people, the same for every seed, are the dev set. Of the model only its MLP linears train, by the method, at a
+learning rate that falls to zero.
 """
 
 import csv
@@ -70,21 +71,27 @@ def main() -> None:
 
 def load_sentences(args) -> dict[str, datasets.Dataset]:
     """Splits "train" and "dev" with the column input_ids, a row a sample; people are in one of them."""
-    usual = {row[0].removeprefix("g__"): row[1:3] for row in read_csv(args.model / "genera.csv")[1:]}
+    _, usual = read_table(
+        args.model / "genera.csv", "`rebuild.py gpt2` writes it: a genus, its mean share and that's standard deviation a row"
+    )
+    usual = {genus.removeprefix("g__"): numbers for genus, numbers in usual.items()}
     tokens = {genus: SPECIAL + i for i, genus in enumerate(usual)}
-    (_, *samples), *rows = read_csv(args.data)
-    rows = [row for row in rows if row[0] in tokens]
-    if not rows:
-        raise UserError(f"{args.data}: the model knows no genus of its first column, such as {next(iter(usual))}")
-    ids = np.array([tokens[row[0]] for row in rows])  # (genera,)
-    mean, std = np.array([usual[row[0]] for row in rows], dtype=float).T
-    counts = np.array([row[1:] for row in rows], dtype=float)  # (genera, samples)
+    samples, counts = read_table(args.data, "it should hold a genus a row, a sample a column, comma-separated")
+    known = [genus for genus in counts if genus in tokens]
+    table = np.array([counts[genus] for genus in known])  # (genera, samples)
+    if not known or not table.any(axis=0).all():
+        lacking = f"in sample {samples[int(np.argmin(table.any(axis=0)))]}" if known else f"among {', '.join(counts)[:60]}"
+        raise UserError(f"{args.data}: no genus {lacking} is one of genera.csv, such as {', '.join(list(tokens)[:3])}")
+    ids = np.array([tokens[genus] for genus in known])  # (genera,)
+    mean, std = np.array([usual[genus] for genus in known]).T
     visits: dict[str, list[list[int]]] = {}
-    for sample, count in zip(samples, counts.T, strict=True):
+    for sample, count in zip(samples, table.T):
         there = np.flatnonzero(count)
         above = (count[there] / count.sum() - mean[there]) / std[there]
         sentence = [BOS, *ids[there[np.argsort(-above, kind="stable")]].tolist(), EOS]
         visits.setdefault(sample.partition(".")[0], []).append(sentence)
+    if len(visits) < 5:
+        raise UserError(f"{args.data}: samples of {len(visits)} people, and it takes five or more: a fifth are the dev set")
     people = datasets.Dataset.from_dict({"visits": list(visits.values())}).shuffle(seed=0)
     dev = len(people) // 5
     splits = {"dev": people.select(range(dev)), "train": people.select(range(dev, len(people)))}
@@ -95,12 +102,18 @@ def load_sentences(args) -> dict[str, datasets.Dataset]:
     }
 
 
-def read_csv(path: pathlib.Path) -> list[list[str]]:
+def read_table(path: pathlib.Path, what: str) -> tuple[list[str], dict[str, list[float]]]:
+    """(names of the columns after the first, first cell of a row -> its numbers); UserError, which says `what` it should be."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.reader(file))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        header, *rows = filter(None, csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+        table = {name: [float(cell) for cell in cells] for name, *cells in rows}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {what}") from None
+    if len(table) < len(rows) or {len(header)} != {1 + len(numbers) for numbers in table.values()}:
+        raise UserError(f"{path}: a name stands in two rows, or the rows are not all of one length; {what}")
+    if not all(0 <= number < np.inf for numbers in table.values() for number in numbers):
+        raise UserError(f"{path}: there are numbers below 0, or infinite ones; {what}")
+    return header[1:], table
 
 
 if __name__ == "__main__":

