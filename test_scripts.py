@@ -1646,7 +1646,7 @@ def test_ablations_stand_beside_what_they_change_and_other_models_a_line_each(cl
     for cell, value in (
         (("vit", "freeze", "lora"), 0.5),
         (("vit", "freeze", "own, rank 128"), 0.6),
-        (("vit", "freeze", "own, rank 256"), 0.7),
+        (("vit", "freeze", "own, narrow"), 0.7),
     ):
         for lr, loss in zip((3e-4, 1e-3, 3e-3, 1e-2), (0.4, 0.3, 0.6, 0.6)):
             claim(lr, 0, True, loss, cell=cell)
@@ -1655,8 +1655,8 @@ def test_ablations_stand_beside_what_they_change_and_other_models_a_line_each(cl
     printed = experiments.tables()
     assert list(printed) == ["In short", "Leads", "Ablations", "Other models"]
     assert printed["Leads"].splitlines()[2:] == ["| own, rank 128 | lora | +0.1000 ± 0.0000 |"]
-    own, wider = "| own, rank 128 | 0.6000 ± 0.0000 (0.001) |", "| own, rank 256 | 0.7000 ± 0.0000 (0.001) |"
-    assert f"{own}\n{wider}" in printed["Ablations"] and "lora" not in printed["Ablations"]
+    own, narrow = "| own, rank 128 | 0.6000 ± 0.0000 (0.001) |", "| own, narrow | 0.7000 ± 0.0000 (0.001) |"
+    assert f"{own}\n{narrow}" in printed["Ablations"] and "lora" not in printed["Ablations"]
     header, _, row = printed["Other models"].splitlines()
     assert header == "|  | lora | own, rank 128 |"
     assert row == "| vit, freeze (accuracy) | 0.5000 ± 0.0000 (0.001) | 0.6000 ± 0.0000 (0.001) |"
