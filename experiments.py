@@ -73,14 +73,14 @@ METHODS = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "narrow, all entries": "--method sparsegrad --k 1.0 --sides narrow --rank {}",
 }
 OWN = METHODS["own, rank 128"]
-ABLATIONS = {  # of "own, rank 128" or of "sparsegrad", a thing or two changed in each
+ABLATIONS = {  # of one of ABLATED, a thing or two changed in each
     "own, rank 128, random": f"{OWN} @random",
     "own, random": f"{METHODS['own']} @random",
     "own, rank 128, refreshed": f"{OWN} @refreshed",
     "own, rank 128, core rate 0.3": f"{OWN} @core-rate=0.3",
     "own, rank 128, core rate 3": f"{OWN} @core-rate=3",
     "own, rank 128, 5 steps": f"{OWN} --basis-steps 5",
-    "own, rank 128, 120 steps": f"{OWN} --basis-steps 120",
+    "own, rank 128, one pass": f"{OWN} --basis-steps 120",
     "own, rank 128, k 0.1 %": "--method sparsegrad --k 0.001 --share layer --rank 128",
     "own, rank 77, all entries": "--method sparsegrad --k 1.0 --share layer --rank 77",
     "own, narrow": f"{METHODS['own']} --sides narrow",
@@ -101,7 +101,7 @@ PATHS = {
     "counts": "counts of genera in samples, comma-separated",
 }
 PEERS = ("ft", "lora", "meprop")
-IN_SHORT = ("sparsegrad", "own, rank 128")  # what the README compares so
+IN_SHORT = ("sparsegrad", "own, rank 128")  # the kinds of SparseGrad in the README's table of leads
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FROM = {"paper": 3e-5, "freeze": 3e-4}  # four rates from here on, at first
 SEEDS = (3, 4, 5)  # SST-2's 0 to 2 were seen before
@@ -307,7 +307,7 @@ def lead(task: str, ours: list[float], theirs: list[float]) -> str:
 
 
 def verdict(task: str, ours: list[float], theirs: list[float]) -> str:
-    """`ahead` or `behind` by a lead larger than its spread, else `equal`."""
+    """`ahead` or `behind` by a lead larger than its spread, else `equal`; `diverged`; "" unless both are there."""
     of = leads_of(task, ours, theirs)
     if not of or any(map(math.isnan, of)):
         return spread(of)

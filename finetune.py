@@ -22,7 +22,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 import transformers
@@ -100,7 +100,9 @@ def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
     )
     add("--share", choices=("role", "layer"), default="role", help="one basis for all blocks' layers of a role, or one a layer")
     add("--sides", choices=("both", "narrow"), default="both", help="rotate both sides of a gradient, or the shorter alone")
-    add("--basis-steps", type=number(int, 1), default=30, help="steps of back-propagation the bases are made from")
+    add(
+        "--basis-steps", type=number(int, 1), default=30, help="steps of back-propagation the bases are made from, one pass at most"
+    )
     add("--sketch", type=number(int, 1), help="columns of a random projection of each gradient the bases are made from")
     add("--basis-lr", type=number(float, 0.0), help="their learning rate, default 5e-5; 0: at the pretrained weights, less memory")
     add("--lr", type=number(float, 0.0), help="learning rate; default by method and model")
@@ -250,7 +252,7 @@ def check_sizes(linears: dict[str, nn.Module], args: argparse.Namespace) -> int:
     return budget
 
 
-def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse.Namespace, batches: Iterable) -> dict:
+def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse.Namespace, batches: Collection) -> dict:
     """Put `args.method` on `linears` of `model`, in place; returns what to report.
 
     Trains, beside the method's own parameters, everything but the MLP weights (as the
@@ -276,10 +278,12 @@ def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse
         bases = None
         if args.method == "sparsegrad":
             start = time.perf_counter()
-            print(f"bases: {args.basis_steps} steps of back-propagation, then HOSVD ...", flush=True)
+            info["basis_steps"] = min(args.basis_steps, len(batches))
+            one_pass = f" (one pass; --basis-steps {args.basis_steps})" if info["basis_steps"] < args.basis_steps else ""
+            print(f"bases: {info['basis_steps']} steps of back-propagation{one_pass}, then HOSVD ...", flush=True)
             bases = sparsegrad.find_bases(
                 model, batches, list(linears), share=args.share, sides=args.sides, rank=args.rank,
-                sketch=args.sketch, n_steps=args.basis_steps, lr=args.basis_lr,
+                sketch=args.sketch, n_steps=info["basis_steps"], lr=args.basis_lr,
             )  # fmt: skip
             info["basis_seconds"] = round(time.perf_counter() - start, 2)
         print(sparsegrad.patch_model(model, bases, args.k, None if bases else list(linears)))

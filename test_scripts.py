@@ -1944,6 +1944,7 @@ def test_gpt2_learns_the_order_of_genera(method, gut, monkeypatch):
     results = json.loads((gut / "run" / "results.json").read_text())
     assert results["linears"] == 2 and results["used"]["train_rows"] + results["used"]["dev_rows"] == 61
     assert results["metrics"]["eval_loss"] < results["metrics_before"]["eval_loss"] - 0.3
+    assert results.get("basis_steps") == (7 if method == "sparsegrad" else None)  # one pass over 49 or 50 rows; 30 are asked for
     model = transformers.GPT2LMHeadModel.from_pretrained(gut / "model").eval()
     dev = [torch.tensor([row]) for row in gpt2.load_sentences(gpt2.parse())["dev"]["input_ids"]]
     with torch.no_grad():
@@ -1958,14 +1959,18 @@ PEOPLE = "Taxa," + ",".join(f"P{i}" for i in range(6))
 @pytest.mark.parametrize(
     "counts, message",
     [
-        ("-,P0,P1\nX,1,2\n", "no genus among X is one of genera.csv, such as A, B, C"),
-        (f"{PEOPLE}\nA,1,1,1,0,1,1\nX,1,1,1,1,1,1\n", "no genus in sample P3 is one of genera.csv"),
+        ("-,P0,P1\nX,1,2\n", "the model knows none of its genera; it knows such as A, B, C"),
+        (f"{PEOPLE}\nA,1,1,1,0,1,1\nX,1,1,1,1,1,1\n", "sample P3 has no genus that the model knows"),
         ("-,P0,P1\nA,1,2\n", "samples of 2 people, and it takes five or more"),
-        (f"{PEOPLE}\nA,1,1,1,1,1\n", "the rows are not all of one length; it should hold a genus a row, a sample a column"),
-        (f"{PEOPLE}\nA,1,1,1,1,1,1\nA,1,1,1,1,1,1\n", "a name stands in two rows"),
-        (f"{PEOPLE}\nA,1,1,1,1,1,-1\n", "numbers below 0"),
+        (
+            f"{PEOPLE}\nA,1,1,1,1,1\n",
+            "row A has 5 numbers, where the first row has 6 names; it should hold a genus a row, a sample a column",
+        ),
+        (f"{PEOPLE}\nA,1,1,1,1,1,1\nA,1,1,1,1,1,1\n", "two rows are called A; it should"),
+        (f"{PEOPLE}\nA,1,1,1,1,1,-1\n", "row A holds -1.0, where"),
+        (f"{PEOPLE}\nA,1,1,1,1,1,nan\n", "row A holds nan, where"),
         (f"{PEOPLE}\nA,1,1,1,1,1,NA\n", "could not convert string to float: 'NA'"),
-        ("", "cannot be read"),
+        ("\n", "it is empty; it should hold a genus a row"),
     ],
 )
 def test_gpt2_refuses_counts_that_are_none(counts, message, gut, monkeypatch, capsys):
@@ -1974,6 +1979,15 @@ def test_gpt2_refuses_counts_that_are_none(counts, message, gut, monkeypatch, ca
     with pytest.raises(SystemExit):
         finetune.run(gpt2.main)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("genera", ["#SampleID,mean\ng__A,0.1\n", "#SampleID,mean,std\ng__A,0.1,0\n"])
+def test_gpt2_refuses_genera_without_a_spread(genera, gut, monkeypatch, capsys):
+    (gut / "model" / "genera.csv").write_text(genera)
+    monkeypatch.setattr(sys, "argv", gpt2_args(gut))
+    with pytest.raises(SystemExit):
+        finetune.run(gpt2.main)
+    assert "genera.csv: a genus has a mean and a standard deviation above 0; `rebuild.py gpt2` writes it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

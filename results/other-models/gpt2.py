@@ -8,6 +8,7 @@ people, the same for every seed, are the dev set. Of the model only its MLP line
 learning rate that falls to zero.
 """
 
+import collections
 import csv
 import pathlib
 import sys
@@ -71,17 +72,21 @@ def main() -> None:
 
 def load_sentences(args) -> dict[str, datasets.Dataset]:
     """Splits "train" and "dev" with the column input_ids, a row a sample; people are in one of them."""
-    _, usual = read_table(
-        args.model / "genera.csv", "`rebuild.py gpt2` writes it: a genus, its mean share and that's standard deviation a row"
-    )
+    _, usual = read_table(args.model / "genera.csv", "`rebuild.py gpt2` writes it")
+    if not all(len(numbers) == 2 and numbers[1] > 0 for numbers in usual.values()):
+        raise UserError(
+            f"{args.model}/genera.csv: a genus has a mean and a standard deviation above 0; `rebuild.py gpt2` writes it"
+        )
     usual = {genus.removeprefix("g__"): numbers for genus, numbers in usual.items()}
     tokens = {genus: SPECIAL + i for i, genus in enumerate(usual)}
     samples, counts = read_table(args.data, "it should hold a genus a row, a sample a column, comma-separated")
     known = [genus for genus in counts if genus in tokens]
+    if not known:
+        raise UserError(f"{args.data}: the model knows none of its genera; it knows such as {', '.join(list(tokens)[:3])}")
     table = np.array([counts[genus] for genus in known])  # (genera, samples)
-    if not known or not table.any(axis=0).all():
-        lacking = f"in sample {samples[int(np.argmin(table.any(axis=0)))]}" if known else f"among {', '.join(counts)[:60]}"
-        raise UserError(f"{args.data}: no genus {lacking} is one of genera.csv, such as {', '.join(list(tokens)[:3])}")
+    for sample, there in zip(samples, table.any(axis=0)):
+        if not there:
+            raise UserError(f"{args.data}: sample {sample} has no genus that the model knows, such as {known[0]}: leave it out")
     ids = np.array([tokens[genus] for genus in known])  # (genera,)
     mean, std = np.array([usual[genus] for genus in known]).T
     visits: dict[str, list[list[int]]] = {}
@@ -102,18 +107,28 @@ def load_sentences(args) -> dict[str, datasets.Dataset]:
     }
 
 
-def read_table(path: pathlib.Path, what: str) -> tuple[list[str], dict[str, list[float]]]:
-    """(names of the columns after the first, first cell of a row -> its numbers); UserError, which says `what` it should be."""
+def read_table(path: pathlib.Path, right: str) -> tuple[list[str], dict[str, list[float]]]:
+    """(names of the columns after the first, first cell of a row -> its numbers). UserError, which ends with what
+    would be `right`, unless rows have names of their own and as many numbers of 0 or more as there are columns."""
+
+    def refuse(wrong) -> UserError:
+        return UserError(f"{path}: {wrong}; {right}")
+
     try:
-        header, *rows = filter(None, csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
-        table = {name: [float(cell) for cell in cells] for name, *cells in rows}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {what}") from None
-    if len(table) < len(rows) or {len(header)} != {1 + len(numbers) for numbers in table.values()}:
-        raise UserError(f"{path}: a name stands in two rows, or the rows are not all of one length; {what}")
-    if not all(0 <= number < np.inf for numbers in table.values() for number in numbers):
-        raise UserError(f"{path}: there are numbers below 0, or infinite ones; {what}")
-    return header[1:], table
+        rows = [row for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if row]
+        table = [(name, [float(cell) for cell in cells]) for name, *cells in rows[1:]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise refuse(getattr(error, "strerror", None) or error) from None
+    if not table:
+        raise refuse("it is empty")
+    if twice := [name for name, times in collections.Counter(name for name, _ in table).items() if times > 1]:
+        raise refuse(f"two rows are called {twice[0]}")
+    for name, numbers in table:
+        if len(numbers) != len(rows[0]) - 1:
+            raise refuse(f"row {name} has {len(numbers)} numbers, where the first row has {len(rows[0]) - 1} names")
+        if odd := [number for number in numbers if not 0 <= number < np.inf]:
+            raise refuse(f"row {name} holds {odd[0]}, where a number of 0 or more should stand")
+    return rows[0][1:], dict(table)
 
 
 if __name__ == "__main__":
