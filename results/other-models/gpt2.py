@@ -13,10 +13,12 @@ import csv
 import pathlib
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repository
 
 import datasets
 import numpy as np
+import script
 import torch
 import transformers
 
@@ -24,22 +26,11 @@ import finetune
 import llama_run
 from finetune import UserError
 
-K = 0.01
 PAD, BOS, EOS, SPECIAL = 0, 2, 3, 4  # tokens; the genera follow, in the order of genera.csv
 
 
 def parse():
-    parser = finetune.Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=pathlib.Path, required=True, help="a folder")
-    parser.add_argument("--data", type=pathlib.Path, required=True, help="counts, comma-separated")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision")
-    finetune.add_options(parser, K)
-    parser.set_defaults(batch_size=8, epochs=5.0, freeze=True, hub=False)
-    args = parser.parse_args()
-    finetune.check_options(parser, args, K)
-    if args.lr is None:
-        parser.error("--lr is missing")
-    return args
+    return script.parse(script.make_parser(__doc__, "counts, comma-separated", batch_size=8, epochs=5.0))
 
 
 def main() -> None:
@@ -97,10 +88,8 @@ def load_sentences(args) -> dict[str, datasets.Dataset]:
         visits.setdefault(sample.partition(".")[0], []).append(sentence)
     if len(visits) < 5:
         raise UserError(f"{args.data}: samples of {len(visits)} people, and it takes five or more: a fifth are the dev set")
-    people = datasets.Dataset.from_dict({"visits": list(visits.values())}).shuffle(seed=0)
-    dev = len(people) // 5
-    splits = {"dev": people.select(range(dev)), "train": people.select(range(dev, len(people)))}
-    splits = finetune.draw_rows(args, splits, "people")
+    people = datasets.Dataset.from_dict({"visits": list(visits.values())})
+    splits = finetune.draw_rows(args, script.split(people), "people")
     return {
         split: datasets.Dataset.from_dict({"input_ids": [sentence for person in of["visits"] for sentence in person]})
         for split, of in splits.items()

@@ -9,10 +9,12 @@ learning rate that falls to zero.
 import pathlib
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repository
 
 import datasets
 import numpy as np
+import script
 import torch
 import torch.nn.functional as F
 import transformers
@@ -20,7 +22,6 @@ from sklearn.metrics import accuracy_score
 
 import finetune
 
-K = 0.01
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, DINOv2's
 
 
@@ -31,18 +32,9 @@ class ImageTrainer(finetune.SparseGradTrainer):
 
 
 def parse():
-    parser = finetune.Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, help="a folder")
-    parser.add_argument("--data", type=pathlib.Path, required=True, help="comma-separated, maybe .gz")
+    parser = script.make_parser(__doc__, "comma-separated, maybe .gz", batch_size=32, epochs=1.0)
     parser.add_argument("--image-size", type=finetune.number(int, 1), default=84, help="pixels a side, as the model sees them")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision")
-    finetune.add_options(parser, K)
-    parser.set_defaults(batch_size=32, epochs=1.0, freeze=True, hub=False)
-    args = parser.parse_args()
-    finetune.check_options(parser, args, K)
-    if args.lr is None:
-        parser.error("--lr is missing")
-    return args
+    return script.parse(parser)
 
 
 def main() -> None:
@@ -54,7 +46,7 @@ def main() -> None:
 
     def make_model():
         kind = transformers.AutoModelForImageClassification
-        return finetune.from_pretrained(kind, args.model, False, torch.float32, num_labels=classes)
+        return finetune.from_pretrained(kind, str(args.model), False, torch.float32, num_labels=classes)
 
     def collate(rows):
         pixels = torch.tensor([row["pixels"] for row in rows]) / 255
@@ -67,7 +59,7 @@ def main() -> None:
         return {"pixel_values": (images - mean) / std, "labels": torch.tensor([row["label"] for row in rows])}
 
     folder = finetune.open_folder(args, f"vit-{args.method}-seed{args.seed}")
-    used = {"model": pathlib.Path(args.model).name, "data": args.data.name, "train_rows": len(splits["train"])}
+    used = {"model": args.model.name, "data": args.data.name, "train_rows": len(splits["train"])}
     run = finetune.train_and_report(
         args=args, folder=folder, make_model=make_model, tokenizer=None, used=used, trainer_class=ImageTrainer,
         training_options=dict(eval_strategy="epoch", save_strategy="no", lr_scheduler_type="linear",
@@ -85,9 +77,8 @@ def load_images(args) -> dict[str, datasets.Dataset]:
     table = np.loadtxt(args.data, delimiter=",", dtype=np.int64, ndmin=2)
     if int((table.shape[1] - 1) ** 0.5) ** 2 != table.shape[1] - 1:
         raise finetune.UserError(f"{args.data}: {table.shape[1]} numbers a row, where it should be a square's pixels and a class")
-    rows = datasets.Dataset.from_dict({"pixels": table[:, :-1].tolist(), "label": table[:, -1].tolist()}).shuffle(seed=0)
-    dev = len(rows) // 5
-    splits = {"dev": rows.select(range(dev)), "train": rows.select(range(dev, len(rows)))}
+    rows = datasets.Dataset.from_dict({"pixels": table[:, :-1].tolist(), "label": table[:, -1].tolist()})
+    splits = script.split(rows)
     if not args.held_out:  # which draws them itself
         splits["train"] = splits["train"].shuffle(seed=args.seed)
     return finetune.draw_rows(args, splits, "images")
