@@ -350,15 +350,15 @@ def merge(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def save_merged(model: nn.Module, tokenizer, folder: pathlib.Path) -> None:
-    """A merged `model` and its tokenizer in `folder`, whole or not at all."""
+    """A merged `model` and its tokenizer, if it has one, in `folder`, whole or not at all."""
     for attribute in ("peft_config", "_hf_peft_config_loaded", "hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(attribute, None)
     vars(model.config).pop("quantization_config", None)  # a GGUF's, which was dequantised when it was loaded
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as part:
-            model.save_pretrained(os.path.join(part, "model"))
-            tokenizer.save_pretrained(os.path.join(part, "model"))
+            for what in (model,) if tokenizer is None else (model, tokenizer):
+                what.save_pretrained(os.path.join(part, "model"))
             if folder.is_dir():
                 folder.rmdir()  # an empty one, see check_options
             os.rename(os.path.join(part, "model"), folder)

@@ -2004,3 +2004,42 @@ def test_the_experiments_refuse_what_they_would_ignore(options, message, monkeyp
     with pytest.raises(SystemExit) as exit:
         finetune.run(experiments.main)
     assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["lora", "sparsegrad"])
+@pytest.mark.parametrize("script", [vit, gpt2])
+def test_other_models_resume_and_merge(script, method, request, run_script, monkeypatch):
+    if script is vit:
+        model, data = request.getfixturevalue("vit_folder"), request.getfixturevalue("images")
+        sizes, kind = ("--image-size", "8", "--batch-size", "8"), transformers.AutoModelForImageClassification
+    else:
+        model, data = (request.getfixturevalue("gut") / name for name in ("model", "counts.csv"))
+        sizes, kind = (), transformers.AutoModelForCausalLM
+    options = ("--method", method, "--k", "0.1", "--lr", "3e-2", "--epochs", "2", *sizes)
+    with monkeypatch.context() as patch:
+        save_at(5, patch)
+        code, _, err = run_script(script, model, data, *options, "--output-dir", "straight")
+    assert code == 0, err
+    with monkeypatch.context() as patch:
+        interrupt_at(4, patch)
+        code, _, err = run_script(script, model, data, *options, "--output-dir", "broken", "--merge", "merged")
+    assert code == 130 and "--resume broken" in err and not pathlib.Path("merged").exists()
+    code, out, err = run_script(script, None, None, "--resume", "broken")
+    assert code == 0 and "resuming from checkpoint-5" in out, err
+    a, b = results("straight"), results("broken")
+    assert a["metrics"]["eval_loss"] == b["metrics"]["eval_loss"] and a["steps"] == b["steps"] > 5
+    merged, told = kind.from_pretrained("merged", output_loading_info=True)
+    assert not any(told[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    pretrained = kind.from_pretrained(model)
+    moved = [name for name in sparsegrad.mlp_linears(merged) if
+             not torch.equal(merged.get_submodule(name).weight, pretrained.get_submodule(name).weight)]  # fmt: skip
+    assert moved == list(sparsegrad.mlp_linears(pretrained)) != []
+
+
+@pytest.mark.parametrize("script", [vit, gpt2])
+@pytest.mark.parametrize("missing", ["--model", "--data", "--lr"])
+def test_other_models_say_what_is_missing(script, missing, run_script):
+    given = {"--model": "m", "--data": "d", "--lr": "1"}
+    del given[missing]
+    code, _, err = run_script(script, None, None, *(word for pair in given.items() for word in pair))
+    assert code == 2 and f"{missing} is missing" in err

@@ -13,8 +13,8 @@ K = 0.01
 def make_parser(doc: str, data: str, **defaults) -> finetune.Parser:
     """The parser of a script that says `doc`, whose `--data` is a file, `data`; `defaults` of its options."""
     parser = finetune.Parser(description=doc.split("\n\n")[0])
-    parser.add_argument("--model", type=pathlib.Path, required=True, help="a folder")
-    parser.add_argument("--data", type=pathlib.Path, required=True, help=data)
+    parser.add_argument("--model", type=pathlib.Path, help="a folder")
+    parser.add_argument("--data", type=pathlib.Path, help=data)
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     finetune.add_options(parser, K)
     parser.set_defaults(freeze=True, hub=False, **defaults)
@@ -24,8 +24,11 @@ def make_parser(doc: str, data: str, **defaults) -> finetune.Parser:
 def parse(parser: finetune.Parser) -> argparse.Namespace:
     args = parser.parse_args()
     finetune.check_options(parser, args, K)
-    if args.lr is None:
-        parser.error("--lr is missing")
+    missing = [name for name in ("model", "data", "lr") if getattr(args, name) is None]
+    if missing and args.resume is None:
+        parser.error(f"--{missing[0]} is missing")
+    args = finetune.resumed(args)
+    args.model = pathlib.Path(args.model)
     return args
 
 
