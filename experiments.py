@@ -77,6 +77,8 @@ ABLATIONS = {  # of one of ABLATED, a thing or two changed in each
     "own, rank 128, random": f"{OWN} @random",
     "own, random": f"{METHODS['own']} @random",
     "own, rank 128, refreshed": f"{OWN} @refreshed",
+    "own, one moment": f"{METHODS['own']} @one-moment",
+    "own, rank 128, one moment": f"{OWN} @one-moment",
     "own, rank 128, core rate 0.3": f"{OWN} @core-rate=0.3",
     "own, rank 128, core rate 3": f"{OWN} @core-rate=3",
     "own, rank 128, 5 steps": f"{OWN} --basis-steps 5",
@@ -307,7 +309,8 @@ def lead(task: str, ours: list[float], theirs: list[float]) -> str:
 
 
 def verdict(task: str, ours: list[float], theirs: list[float]) -> str:
-    """`ahead` or `behind` by a lead larger than its spread, else `equal`; `diverged`; "" unless both are there."""
+    """`ahead` or `behind` by a lead larger than its spread, else `equal`; `undefined` if a value is, as when a run diverged
+    or gave all pairs one score, which has no correlation; "" unless both are there."""
     of = leads_of(task, ours, theirs)
     if not of or any(map(math.isnan, of)):
         return spread(of)
@@ -318,7 +321,7 @@ def verdict(task: str, ours: list[float], theirs: list[float]) -> str:
 
 def spread(of: list[float], sign: str = "") -> str:
     if any(map(math.isnan, of)):
-        return "diverged"
+        return "undefined"
     return f"{statistics.mean(of):{sign}.4f} ± {statistics.stdev(of):.4f}" if of else ""
 
 

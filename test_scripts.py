@@ -1627,7 +1627,7 @@ def test_the_experiments_table_gives_means_spreads_and_leads(claim):
     assert "| lora | 0.9000 ± 0.1000 (0.001) |\n| sparsegrad | 1.0000 ± 0.1732 (0.001) |" in printed["The claim"]
     assert "| sparsegrad | lora | +0.1000 ± 0.1000 |" in printed["Leads"]
     claim(1e-3, 4, False, None, cell=(*CELL[:2], "sparsegrad"))
-    assert "| sparsegrad | diverged (0.001) |" in experiments.tables()["The claim"]
+    assert "| sparsegrad | undefined (0.001) |" in experiments.tables()["The claim"]
     loss = experiments.lead("oasst", [1.0, 1.2], [1.5, 1.7])  # lower is better
     assert loss == "+0.5000 ± 0.0000"
 
@@ -1638,7 +1638,7 @@ def test_a_lead_is_told_in_short_if_it_is_larger_than_its_spread():
     assert experiments.verdict("sst2", [1.1, 0.9, 1.1], [1.0, 0.9, 0.9]) == "equal"
     assert experiments.verdict("sst2", [0.9, 1.0, 1.2], [0.8, 0.9, 1.0]) == "ahead, 0.1333 ± 0.0577"
     assert experiments.verdict("oasst", [0.9, 1.0, 1.2], [0.8, 0.9, 1.0]) == "behind, 0.1333 ± 0.0577"
-    assert experiments.verdict("sst2", [0.9, math.nan, 1.2], [0.8, 0.9, 1.0]) == "diverged"
+    assert experiments.verdict("sst2", [0.9, math.nan, 1.2], [0.8, 0.9, 1.0]) == "undefined"
     assert experiments.verdict("sst2", [], [0.8, 0.9, 1.0]) == ""
 
 
@@ -1738,7 +1738,7 @@ def test_the_experiments_run_what_is_missing_and_keep_results_as_they_are(claim,
 def test_every_command_of_the_experiments_is_one_its_script_takes(task, setting, method, monkeypatch):
     command = experiments.Run(task, setting, method, 1e-3, 4, True).command(dict.fromkeys(experiments.PATHS, "a path"), "out")
     if pathlib.Path(command[1]).name == "variants.py":
-        assert command.pop(1) and method.endswith(command.pop(1).replace("core-rate=", "core rate "))
+        assert command.pop(1) and method.endswith(command.pop(1).replace("=", " ").replace("-", " "))
     script = {"glue_run.py": glue_run, "llama_run.py": llama_run, "vit.py": vit, "gpt2.py": gpt2}[pathlib.Path(command[1]).name]
     monkeypatch.setattr(sys, "argv", command[1:])
     args = script.parse()
@@ -1753,6 +1753,7 @@ def variant(model_folder, data_folder, tmp_path, monkeypatch):
     """variant(change, *options) runs a few steps of glue_run.py with that change, or none; what its adapter holds."""
     monkeypatch.setattr(sparsegrad, "find_bases", sparsegrad.find_bases)  # all put back afterwards
     monkeypatch.setattr(finetune, "_sparse_optimizer", finetune._sparse_optimizer)
+    monkeypatch.setattr(sparsegrad.SparseGradAdamW, "_sparse_step", sparsegrad.SparseGradAdamW._sparse_step)
     monkeypatch.setattr(finetune.SparseGradTrainer, "training_step", finetune.SparseGradTrainer.training_step)
 
     def run(change, *options):
@@ -1795,6 +1796,16 @@ def test_the_rate_of_the_cores_is_scaled_alone(variant):
     assert plain[core].abs().max().item() == pytest.approx(1e-3, rel=1e-2)  # Adam's first step
     assert scaled[core].abs().max().item() == pytest.approx(3e-3, rel=1e-2)
     assert torch.equal(plain[head], scaled[head])
+
+
+def test_one_moment_a_core_keeps_the_gradients_proportions(variant):
+    plain, one = (variant(change, "--lr", 1e-3, "--max-steps", 1) for change in ("", "one-moment"))
+    for key in (key for key in plain if key.endswith(".core.values")):
+        assert torch.equal(plain[key.replace("values", "indices")], one[key.replace("values", "indices")])
+        assert torch.equal(plain[key].sign(), one[key].sign())
+        assert plain[key].abs().min() > 0.99 * plain[key].abs().max()  # Adam's first step
+        assert one[key].square().mean().sqrt().item() == pytest.approx(1e-3, rel=1e-3)
+        assert one[key].abs().min() < 0.9 * one[key].abs().max()
 
 
 def test_a_change_that_is_none_is_refused(variant):
