@@ -75,6 +75,7 @@ METHODS = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
 OWN = METHODS["own, rank 128"]
 ABLATIONS = {  # of one of ABLATED, a thing or two changed in each
     "own, rank 128, random": f"{OWN} @random",
+    "own, rank 128, mixed": f"{OWN} @mixed",
     "own, random": f"{METHODS['own']} @random",
     "own, rank 128, refreshed": f"{OWN} @refreshed",
     "own, one moment": f"{METHODS['own']} @one-moment",

@@ -1826,6 +1826,16 @@ def test_other_bases_take_the_place_of_those_found(kind, variant):
         assert not any(torch.equal(other[key], other[another]) for another in bases if another != key)  # each layer has its own
 
 
+def test_mixed_bases_span_what_was_found(variant):
+    found, mixed = (variant(change, "--max-steps", 1, "--rank", 8) for change in ("", "mixed"))
+    bases = [key for key in found if key.startswith("sparsegrad.basis.")]
+    assert len(bases) == 8
+    for key in bases:
+        assert torch.allclose(mixed[key].T @ mixed[key], torch.eye(8), atol=1e-5)
+        inside = found[key].T @ mixed[key]  # (r, n) @ (n, r)
+        assert torch.allclose(inside.T @ inside, torch.eye(8), atol=1e-5) and inside.diagonal().abs().max() < 0.99
+
+
 def test_other_bases_go_into_the_vit_too(images, vit_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sparsegrad, "find_bases", sparsegrad.find_bases)  # put back afterwards
     run = experiments.Run("vit", "freeze", "own, rank 128, random", 1e-3, 0, True)

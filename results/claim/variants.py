@@ -3,6 +3,7 @@
     python variants.py CHANGE glue_run.py --task sst2 ...
 
 random       orthonormal columns, seeded, instead of HOSVD's
+mixed        HOSVD's directions with other axes in their span: rotated, at random and seeded
 transposed   U transposed, as in the released code; for complete bases
 refreshed    bases found anew halfway through training, from the weights as they are then
 core-rate=3  the cores' learning rate in multiples of that of all else that trains
@@ -27,15 +28,18 @@ found = sparsegrad.find_bases
 
 
 def with_other_bases(kind: str) -> None:
+    def changed(vectors, generator):  # (n, r)
+        rows, rank = vectors.shape
+        random = torch.linalg.qr(torch.randn(rank if kind == "mixed" else rows, rank, generator=generator)).Q
+        return vectors @ random if kind == "mixed" else random  # (n, r) @ (r, r)
+
     def find_bases(*args, **options):
         bases, other, generator = found(*args, **options), {}, torch.Generator().manual_seed(0)
         for basis in {id(basis): basis for basis in bases.values()}.values():
             if kind == "transposed":
                 U, V = basis.U.T, basis.V
             else:
-                U, V = (
-                    None if b is None else torch.linalg.qr(torch.randn(b.shape, generator=generator)).Q for b in (basis.U, basis.V)
-                )
+                U, V = (None if b is None else changed(b, generator) for b in (basis.U, basis.V))
             other[id(basis)] = sparsegrad.Basis(U, V)
         return {name: other[id(basis)] for name, basis in bases.items()}
 
@@ -110,10 +114,10 @@ def main() -> None:
         with_refreshed_bases()
     elif name == "one-moment":
         with_one_moment()
-    elif name in ("random", "transposed"):
+    elif name in ("random", "mixed", "transposed"):
         with_other_bases(name)
     else:
-        sys.exit(f"{change} is no change: random, transposed, refreshed, one-moment or core-rate=NUMBER")
+        sys.exit(f"{change} is no change: random, mixed, transposed, refreshed, one-moment or core-rate=NUMBER")
     sys.argv = sys.argv[2:]
     runpy.run_path(str(pathlib.Path(sparsegrad.__file__).parent / script), run_name="__main__")
 
