@@ -80,6 +80,7 @@ ABLATIONS = {  # of one of ABLATED, a thing or two changed in each
     "own, rank 128, refreshed": f"{OWN} @refreshed",
     "own, one moment": f"{METHODS['own']} @one-moment",
     "own, rank 128, one moment": f"{OWN} @one-moment",
+    "own, rank 128, half moment": f"{OWN} @half-moment",
     "own, rank 128, core rate 0.3": f"{OWN} @core-rate=0.3",
     "own, rank 128, core rate 3": f"{OWN} @core-rate=3",
     "own, rank 128, 5 steps": f"{OWN} --basis-steps 5",

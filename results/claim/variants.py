@@ -8,6 +8,7 @@ transposed   U transposed, as in the released code; for complete bases
 refreshed    bases found anew halfway through training, from the weights as they are then
 core-rate=3  the cores' learning rate in multiples of that of all else that trains
 one-moment   one second moment a core, of the mean square of the entries that a step keeps, so Adam equalises nothing in it
+half-moment  the geometric mean of that one and an entry's own
 
 For what the runs measure: `--resume` goes on without the change, and the adapter of a refreshed run goes onto the
 weights as they were halfway (`--merge` has all).
@@ -89,7 +90,7 @@ def with_core_rate(times: float) -> None:
     finetune._sparse_optimizer = make_optimizer
 
 
-def with_one_moment() -> None:
+def with_equalising(share: float) -> None:
     def sparse_step(self, group, params):
         beta1, beta2 = group["betas"]
         for p in params:
@@ -98,9 +99,11 @@ def with_one_moment() -> None:
             state["step"] += 1
             step = state["step"].item()
             m = state["exp_avg"][index].lerp(g, 1 - beta1)
-            state["exp_avg"][index] = m
-            v = state["mean_square"] = beta2 * state.get("mean_square", 0.0) + (1 - beta2) * g.square().mean()
-            p[index] -= group["lr"] * (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + group["eps"])
+            v = state["exp_avg_sq"][index].lerp(g.square(), 1 - beta2)
+            state["exp_avg"][index], state["exp_avg_sq"][index] = m, v
+            mean = state["mean_square"] = beta2 * state.get("mean_square", 0.0) + (1 - beta2) * g.square().mean()
+            v = v.pow(share) * mean.pow(1 - share) / (1 - beta2**step)
+            p[index] -= group["lr"] * (m / (1 - beta1**step)) / (v.sqrt() + group["eps"])
 
     sparsegrad.SparseGradAdamW._sparse_step = sparse_step
 
@@ -112,12 +115,12 @@ def main() -> None:
         with_core_rate(float(value))
     elif name == "refreshed":
         with_refreshed_bases()
-    elif name == "one-moment":
-        with_one_moment()
+    elif name in ("one-moment", "half-moment"):
+        with_equalising(0.5 if name == "half-moment" else 0.0)
     elif name in ("random", "mixed", "transposed"):
         with_other_bases(name)
     else:
-        sys.exit(f"{change} is no change: random, mixed, transposed, refreshed, one-moment or core-rate=NUMBER")
+        sys.exit(f"{change} is no change: random, mixed, transposed, refreshed, one-moment, half-moment or core-rate=NUMBER")
     sys.argv = sys.argv[2:]
     runpy.run_path(str(pathlib.Path(sparsegrad.__file__).parent / script), run_name="__main__")
 
