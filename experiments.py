@@ -328,7 +328,7 @@ def spread(of: list[float], sign: str = "") -> str:
 
 
 def figure(path: pathlib.Path) -> None:
-    """A panel a column: every seed a dot, their mean a bar, a row a method; right is better."""
+    """A panel a column: every seed a dot, their mean a bar, a row a method; right is better. What is undefined has neither."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -7,8 +7,9 @@ mixed        HOSVD's directions with other axes in their span: rotated, at rando
 transposed   U transposed, as in the released code; for complete bases
 refreshed    bases found anew halfway through training, from the weights as they are then
 core-rate=3  the cores' learning rate in multiples of that of all else that trains
-one-moment   one second moment a core, of the mean square of the entries that a step keeps, so Adam equalises nothing in it
-half-moment  the geometric mean of that one and an entry's own
+one-moment   one second moment a core, of the mean square of the entries that a step keeps, so Adam equalises nothing in it;
+             no gradient accumulation
+half-moment  the geometric mean of that one and an entry's own; no gradient accumulation
 
 For what the runs measure: `--resume` goes on without the change, and the adapter of a refreshed run goes onto the
 weights as they were halfway (`--merge` has all).
@@ -90,8 +91,12 @@ def with_core_rate(times: float) -> None:
     finetune._sparse_optimizer = make_optimizer
 
 
-def with_equalising(share: float) -> None:
+def with_equalising(own: float) -> None:
+    """Entries are divided by the root of v^own · (the core's mean square)^(1 - own); 1 is Adam."""
+
     def sparse_step(self, group, params):
+        if group["k"] is not None:
+            sys.exit("one-moment and half-moment know no gradient accumulation")
         beta1, beta2 = group["betas"]
         for p in params:
             state, grad = self.state[p], p.grad.coalesce()
@@ -102,7 +107,7 @@ def with_equalising(share: float) -> None:
             v = state["exp_avg_sq"][index].lerp(g.square(), 1 - beta2)
             state["exp_avg"][index], state["exp_avg_sq"][index] = m, v
             mean = state["mean_square"] = beta2 * state.get("mean_square", 0.0) + (1 - beta2) * g.square().mean()
-            v = v.pow(share) * mean.pow(1 - share) / (1 - beta2**step)
+            v = v.pow(own) * mean.pow(1 - own) / (1 - beta2**step)
             p[index] -= group["lr"] * (m / (1 - beta1**step)) / (v.sqrt() + group["eps"])
 
     sparsegrad.SparseGradAdamW._sparse_step = sparse_step

@@ -11,7 +11,9 @@ learning rate that falls to zero.
 import collections
 import csv
 import pathlib
+import shutil
 import sys
+from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the repository
@@ -50,7 +52,7 @@ def main() -> None:
     folder = finetune.open_folder(args, f"gpt2-{args.method}-seed{args.seed}")
     used = {"model": args.model.name, "data": args.data.name} | {f"{split}_rows": len(splits[split]) for split in splits}
     run = finetune.train_and_report(
-        args=args, folder=folder, make_model=make_model, tokenizer=None, used=used,
+        args=args, folder=folder, make_model=make_model, tokenizer=Genera(args.model), used=used,
         trainer_class=llama_run.LanguageTrainer, evaluate_first=True,
         training_options=dict(eval_strategy="epoch", save_strategy="no", lr_scheduler_type="linear",
                               per_device_eval_batch_size=args.batch_size),
@@ -59,6 +61,15 @@ def main() -> None:
     )  # fmt: skip
     losses = " before, ".join(f"{run[when]['eval_loss']:.4f}" for when in ("metrics_before", "metrics"))
     finetune.print_table({"loss": f"{losses} after"} | finetune.cost_rows(run, folder))
+
+
+class Genera(NamedTuple):
+    """What a GPT-2 of genera has for a tokenizer, for `--merge`: the table in its folder."""
+
+    folder: pathlib.Path
+
+    def save_pretrained(self, folder: str) -> None:
+        shutil.copy(self.folder / "genera.csv", folder)
 
 
 def load_sentences(args) -> dict[str, datasets.Dataset]:
