@@ -30,18 +30,21 @@ found = sparsegrad.find_bases
 
 
 def with_other_bases(kind: str) -> None:
-    def changed(vectors, generator):  # (n, r)
-        rows, rank = vectors.shape
-        random = torch.linalg.qr(torch.randn(rank if kind == "mixed" else rows, rank, generator=generator)).Q
-        return vectors @ random if kind == "mixed" else random  # (n, r) @ (r, r)
-
     def find_bases(*args, **options):
         bases, other, generator = found(*args, **options), {}, torch.Generator().manual_seed(0)
+
+        def orthonormal(rows, columns):
+            return torch.linalg.qr(torch.randn(rows, columns, generator=generator)).Q
+
+        def changed(vectors):  # (n, r)
+            rank = vectors.shape[1]
+            return vectors @ orthonormal(rank, rank) if kind == "mixed" else orthonormal(*vectors.shape)
+
         for basis in {id(basis): basis for basis in bases.values()}.values():
             if kind == "transposed":
                 U, V = basis.U.T, basis.V
             else:
-                U, V = (None if b is None else changed(b, generator) for b in (basis.U, basis.V))
+                U, V = (None if b is None else changed(b) for b in (basis.U, basis.V))
             other[id(basis)] = sparsegrad.Basis(U, V)
         return {name: other[id(basis)] for name, basis in bases.items()}
 
