@@ -56,6 +56,7 @@ TASKS = {
     "stsb": Task("glue_run.py --task stsb --data {glue} --epochs 3 --schedule linear",
                  600, "eval_pearson", 4, ("paper", "freeze")),
     "oasst": Task("llama_run.py --data {oasst} --top-ranked", 30, "eval_loss", 6),
+    "chat": Task("llama_run.py --max-length 256", 30, "eval_loss", 6),
     "t5": Task("glue_run.py --task sst2 --model {t5} --data {glue} --max-train-samples 4000 --epochs 1 --schedule linear",
                1000, "eval_accuracy", 5),
     "vit": Task("results/other-models/vit.py --model {vit} --data {images}", 800, "eval_accuracy", 4),
