@@ -106,6 +106,7 @@ def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
     add("--sketch", type=number(int, 1), help="columns of a random projection of each gradient the bases are made from")
     add("--basis-lr", type=number(float, 0.0), help="their learning rate, default 5e-5; 0: at the pretrained weights, less memory")
     add("--lr", type=number(float, 0.0), help="learning rate; default by method and model")
+    add("--adaptivity", type=number(float, 0.0, 1.0), default=1.0, help="SparseGradAdamW's, for the cores; 1: Adam")
     add("--batch-size", type=number(int, 1), help="rows a step")
     add("--epochs", type=number(float, 0.001), help="passes over the training rows")
     add("--max-steps", type=number(int, 1), help="stop after so many steps, whatever --epochs says")
@@ -121,7 +122,7 @@ def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, k: float | int) -> None:
     """No option is ignored: one that the method has no use for is an error. Then fills in
     the defaults of those not given, `k` for `--k`."""
-    uses = {"k": ("lora", *SPARSE), "rank": ("lora", "sparsegrad")} | dict.fromkeys(
+    uses = {"k": ("lora", *SPARSE), "rank": ("lora", "sparsegrad"), "adaptivity": SPARSE} | dict.fromkeys(
         ("share", "sides", "basis_steps", "sketch", "basis_lr"), ("sparsegrad",)
     )
     if args.merge is not None and args.merge.exists() and (not args.merge.is_dir() or any(args.merge.iterdir())):
@@ -531,7 +532,7 @@ def train_and_report(
         bf16=args.bf16, report_to=[], logging_nan_inf_filter=False, dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
     ), **training_options})  # fmt: skip
-    optimizer = _sparse_optimizer(model, training) if args.method in SPARSE else None
+    optimizer = _sparse_optimizer(model, training, args.adaptivity) if args.method in SPARSE else None
     callbacks = [measure, *trainer_options.pop("callbacks", [])]
     trainer = trainer_class(model, training, optimizers=(optimizer, None), callbacks=callbacks, **trainer_options)
     if not checkpoint:
@@ -597,14 +598,15 @@ def _basis_batches(args: argparse.Namespace, *, train_dataset, data_collator, **
     return torch.utils.data.DataLoader(train_dataset, args.batch_size, shuffle=True, collate_fn=data_collator, generator=order)
 
 
-def _sparse_optimizer(model: nn.Module, training: transformers.TrainingArguments) -> sparsegrad.SparseGradAdamW:
-    """One group for each k, which restores it where accumulation has united several supports."""
-    groups: dict[int | None, list] = {}
+def _sparse_optimizer(model: nn.Module, training: transformers.TrainingArguments, adaptivity: float) -> sparsegrad.SparseGradAdamW:
+    """A group of cores for each k, which restores it where accumulation has united several supports; and one of all else."""
+    of_k: dict[int | None, list] = {}
     for layer in sparsegrad.sparsegrad_layers(model).values():
-        groups.setdefault(layer.k if training.gradient_accumulation_steps > 1 else None, []).append(layer.core)
-    cores = {id(core) for group in groups.values() for core in group}
-    groups.setdefault(None, []).extend(p for p in model.parameters() if p.requires_grad and id(p) not in cores)
-    groups = [{"params": params, "k": k} for k, params in groups.items() if params]
+        of_k.setdefault(layer.k if training.gradient_accumulation_steps > 1 else None, []).append(layer.core)
+    cores = {core for group in of_k.values() for core in group}
+    groups = [{"params": params, "k": k, "adaptivity": adaptivity} for k, params in of_k.items()]
+    if others := [p for p in model.parameters() if p.requires_grad and p not in cores]:
+        groups.append({"params": others})
     return sparsegrad.SparseGradAdamW(groups, lr=training.learning_rate, weight_decay=0.0)
 
 

@@ -730,7 +730,9 @@ def test_the_weight_that_a_layer_keeps_follows_the_optimizer(kind, shape, k, mon
     assert (layer.merged_weight() - layer.residual).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("write", ["add_", "data", "load_state_dict", "residual", "basis", "two steps", "step and add_"])
+@pytest.mark.parametrize(
+    "write", ["add_", "data", "load_state_dict", "residual", "basis", "two steps", "step and add_", "dense step"]
+)
 def test_the_weight_that_a_layer_keeps_follows_every_other_write(write, monkeypatch):
     monkeypatch.setattr(sg, "cheapest_plan", lambda *sizes: WRITE_OUT)
     layer = make_layer("complete")
@@ -753,6 +755,10 @@ def test_the_weight_that_a_layer_keeps_follows_every_other_write(write, monkeypa
         optimizer = SparseGradAdamW([layer.core], lr=0.1)
         optimizer.step()
         optimizer.step()
+    elif write == "dense step":
+        layer(x).sum().backward()
+        layer.core.grad = layer.core.grad.to_dense()
+        SparseGradAdamW([layer.core], lr=0.1, weight_decay=0.0, adaptivity=0.5).step()
     elif write == "step and add_":
         steps(layer, 1)
         with torch.no_grad():
@@ -1309,6 +1315,45 @@ def test_optimizer_equals_adamw_and_sparse_adam_over_100_steps():
         assert (a - start).abs().max() > 0.02
 
 
+@pytest.mark.parametrize("adaptivity", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("k", [6, 20])
+def test_steps_adapt_to_the_entries_as_far_as_asked(k, adaptivity):
+    """Against the formula; with all 20 entries the gradient is dense, and the parameter decays."""
+    core, grads = nn.Parameter(torch.ones(4, 5)), [torch.randn(4, 5) for _ in range(4)]
+    optimizer = SparseGradAdamW([{"params": [core], "adaptivity": adaptivity}], lr=0.1, weight_decay=0.2)
+    C, m, v, s = torch.ones(4, 5), torch.zeros(4, 5), torch.zeros(4, 5), 0.0
+    for step, grad in enumerate(grads, 1):
+        core.grad = grad if k == 20 else sg.topk_coo(grad, k)
+        optimizer.step()
+        g = top_k_of(grad, k)
+        kept = g != 0
+        m, v = torch.where(kept, 0.9 * m + 0.1 * g, m), torch.where(kept, 0.999 * v + 0.001 * g**2, v)
+        s = 0.999 * s + 0.001 * g[kept].square().mean()
+        root = (v**adaptivity * s ** (1 - adaptivity) / (1 - 0.999**step)).sqrt()
+        C *= 1 - 0.1 * 0.2 if k == 20 else 1.0
+        C -= torch.where(kept, 0.1 * m / (1 - 0.9**step) / (root + 1e-8), torch.zeros(4, 5))
+    torch.testing.assert_close(core.detach(), C, rtol=1e-4, atol=1e-5)
+    assert (core - 1).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("k", [9, None])
+def test_a_core_with_one_second_moment_goes_on_from_its_state(k):
+    layer = make_layer("complete", k=k)
+    twin, x = copy.deepcopy(layer), torch.randn(6, IN)
+    for stop in (True, False):
+        of = layer if stop else twin
+        optimizer = SparseGradAdamW([of.core], lr=0.1, adaptivity=0.0)
+        for step in range(4):
+            if stop and step == 2:
+                saved, optimizer = optimizer.state_dict(), SparseGradAdamW([of.core], lr=0.1)
+                optimizer.load_state_dict(copy.deepcopy(saved))
+            of(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(layer.core, twin.core, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(x), F.linear(x, written_out(layer), layer.bias), rtol=1e-4, atol=1e-4)
+
+
 def test_entries_without_gradient_do_not_move():
     layer = make_layer("complete")
     before = layer.core.detach().clone()
@@ -1407,11 +1452,14 @@ def test_half_precision_cores_are_refused(k):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(lr=-1), dict(eps=-1), dict(weight_decay=-1), dict(betas=(1.0, 0.9)), dict(k=0), dict(k=0.5)]
+    "options",
+    [dict(lr=-1), dict(eps=-1), dict(weight_decay=-1), dict(betas=(1.0, 0.9)), dict(k=0), dict(k=0.5), dict(adaptivity=1.5)],
 )
 def test_optimizer_refuses_bad_options(options):
-    with pytest.raises(ValueError):
-        SparseGradAdamW([nn.Parameter(torch.zeros(2, 2))], **options)
+    params, name = [nn.Parameter(torch.zeros(2, 2))], next(iter(options))
+    for of_all, of_group in ((options, {}), ({}, options)):
+        with pytest.raises(ValueError, match=name):
+            SparseGradAdamW([{"params": params, **of_group}], **of_all)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])

@@ -7,9 +7,6 @@ mixed        HOSVD's directions with other axes in their span: rotated, at rando
 transposed   U transposed, as in the released code; for complete bases
 refreshed    bases found anew halfway through training, from the weights as they are then
 core-rate=3  the cores' learning rate in multiples of that of all else that trains
-one-moment   one second moment a core, of the mean square of the entries that a step keeps, so Adam equalises nothing in it;
-             no gradient accumulation
-half-moment  the geometric mean of that one and an entry's own; no gradient accumulation
 
 For what the runs measure: `--resume` goes on without the change, and the adapter of a refreshed run goes onto the
 weights as they were halfway (`--merge` has all).
@@ -82,38 +79,15 @@ def with_refreshed_bases() -> None:
 def with_core_rate(times: float) -> None:
     make = finetune._sparse_optimizer
 
-    def make_optimizer(model, training):
-        optimizer = make(model, training)
+    def make_optimizer(model, *options):
+        optimizer = make(model, *options)
         cores = {layer.core for layer in sparsegrad.sparsegrad_layers(model).values()}
-        for group in list(optimizer.param_groups):
-            trained = group["params"]
-            group["params"] = [p for p in trained if p not in cores]
-            optimizer.add_param_group({**group, "params": [p for p in trained if p in cores], "lr": times * group["lr"]})
+        for group in optimizer.param_groups:
+            if group["params"][0] in cores:  # they have groups of their own
+                group["lr"] *= times
         return optimizer
 
     finetune._sparse_optimizer = make_optimizer
-
-
-def with_equalising(own: float) -> None:
-    """Entries are divided by the root of v^own · (the core's mean square)^(1 - own); 1 is Adam."""
-
-    def sparse_step(self, group, params):
-        if group["k"] is not None:
-            sys.exit("one-moment and half-moment know no gradient accumulation")
-        beta1, beta2 = group["betas"]
-        for p in params:
-            state, grad = self.state[p], p.grad.coalesce()
-            index, g = tuple(grad.indices()), grad.values()
-            state["step"] += 1
-            step = state["step"].item()
-            m = state["exp_avg"][index].lerp(g, 1 - beta1)
-            v = state["exp_avg_sq"][index].lerp(g.square(), 1 - beta2)
-            state["exp_avg"][index], state["exp_avg_sq"][index] = m, v
-            mean = state["mean_square"] = beta2 * state.get("mean_square", 0.0) + (1 - beta2) * g.square().mean()
-            v = v.pow(own) * mean.pow(1 - own) / (1 - beta2**step)
-            p[index] -= group["lr"] * (m / (1 - beta1**step)) / (v.sqrt() + group["eps"])
-
-    sparsegrad.SparseGradAdamW._sparse_step = sparse_step
 
 
 def main() -> None:
@@ -123,12 +97,10 @@ def main() -> None:
         with_core_rate(float(value))
     elif name == "refreshed":
         with_refreshed_bases()
-    elif name in ("one-moment", "half-moment"):
-        with_equalising(0.5 if name == "half-moment" else 0.0)
     elif name in ("random", "mixed", "transposed"):
         with_other_bases(name)
     else:
-        sys.exit(f"{change} is no change: random, mixed, transposed, refreshed, one-moment, half-moment or core-rate=NUMBER")
+        sys.exit(f"{change} is no change: random, mixed, transposed, refreshed or core-rate=NUMBER")
     sys.argv = sys.argv[2:]
     runpy.run_path(str(pathlib.Path(sparsegrad.__file__).parent / script), run_name="__main__")
 
