@@ -833,8 +833,8 @@ class SparseGradAdamW(torch.optim.Optimizer):
     whole parameter, so its entries keep their proportions; Adam-mini has one for a block). An entry is
     divided by the root of v^adaptivity · s^(1 − adaptivity), v its own second moment and s the
     parameter's, of the mean square of its gradient's entries. At 0.5 rank 128 did better on language
-    models and worse at classifying (README). It holds for dense gradients too, so give the cores a
-    group of their own where more than they trains.
+    models and no better at classifying (README). It holds for dense gradients too, in a step with two
+    more tensors of their size: give the cores a group of their own where more than they trains.
 
     Raises ValueError for an option out of range, in a group as well.
     """
@@ -846,7 +846,8 @@ class SparseGradAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         options = {**self.defaults, **param_group}
-        lr, betas, eps, weight_decay, k, adaptivity = (options[key] for key in self.defaults)
+        lr, betas, eps, weight_decay = (options[key] for key in ("lr", "betas", "eps", "weight_decay"))
+        k, adaptivity = options["k"], options["adaptivity"]
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
             raise ValueError(f"lr {lr}, eps {eps}, weight_decay {weight_decay} must be >= 0 and betas {betas} in [0, 1)")
         if k is not None and not (isinstance(k, int) and k >= 1):
@@ -854,6 +855,11 @@ class SparseGradAdamW(torch.optim.Optimizer):
         if not 0 <= adaptivity <= 1:
             raise ValueError(f"adaptivity is {adaptivity}: it lies from 0 (one second moment for a whole parameter) to 1 (Adam)")
         super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("adaptivity", 1.0)  # of a state from before there was one
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -899,7 +905,7 @@ class SparseGradAdamW(torch.optim.Optimizer):
         if not params:
             return
         (beta1, beta2), adaptivity = group["betas"], group["adaptivity"]
-        indices, g, m, v, sizes = [], [], [], [], []
+        indices, g, m, v, sizes, eps = [], [], [], [], [], []
         for p in params:
             state = self.state[p]
             if p.grad.is_sparse:
@@ -913,11 +919,15 @@ class SparseGradAdamW(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])  # and a new version: a layer that keeps its weight makes it anew
             state["step"] += 1
             step = state["step"].item()
-            sizes.append(-group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step))
+            correction = math.sqrt(1 - beta2**step)
+            sizes.append(-group["lr"] * correction / (1 - beta1**step))
+            eps.append(group["eps"] * (1.0 if p.grad.is_sparse else correction))  # SparseAdam's place for it, or AdamW's
             indices.append(tuple(index))
             g.append(values)
             m.append(state["exp_avg"][indices[-1]])
             v.append(state["exp_avg_sq"][indices[-1]])
+            if adaptivity < 1 and "mean_square" not in state:  # s; 0 unless this begins late
+                state["mean_square"] = v[-1].mean() if values.numel() else v[-1].new_zeros(())
         m = torch._foreach_lerp(m, g, 1 - beta1)  # all cores in one kernel, as torch's optimizers do
         v = torch._foreach_mul(v, beta2)
         torch._foreach_addcmul_(v, g, g, value=1 - beta2)
@@ -925,12 +935,11 @@ class SparseGradAdamW(torch.optim.Optimizer):
             state = self.state[p]
             state["exp_avg"][index] = m_p
             state["exp_avg_sq"][index] = v_p
-            if adaptivity < 1:
-                mean = state.setdefault("mean_square", v_p.new_zeros(()))  # s
-                mean.lerp_(g_p.square().sum() / max(1, g_p.numel()), 1 - beta2)
-                v_p.pow_(adaptivity).mul_(mean ** (1 - adaptivity))
+            if adaptivity < 1 and g_p.numel():
+                state["mean_square"].lerp_(g_p.square().mean(), 1 - beta2)
+                v_p.pow_(adaptivity).mul_(state["mean_square"] ** (1 - adaptivity))
         torch._foreach_sqrt_(v)
-        torch._foreach_add_(v, group["eps"])
+        torch._foreach_add_(v, eps)
         torch._foreach_div_(m, v)
         torch._foreach_mul_(m, sizes)
         for p, index, change in zip(params, indices, m):

@@ -1079,8 +1079,8 @@ def test_accumulated_gradients_are_cut_back_to_k(llama, monkeypatch):
         sparse_step(self, group, params)
         seen.extend(((p != b).sum().item(), p.grad._nnz()) for p, b in zip(params, before))
 
-    sparse_step = sparsegrad.SparseGradAdamW._sparse_step
-    monkeypatch.setattr(sparsegrad.SparseGradAdamW, "_sparse_step", watched)
+    sparse_step = sparsegrad.SparseGradAdamW._own_step
+    monkeypatch.setattr(sparsegrad.SparseGradAdamW, "_own_step", watched)
     code, _, err = llama(*brief("sparsegrad"), "--gradient-accumulation", "3", "--max-steps", "3", "--output-dir", "out")
     assert code == 0, err
     moved, given = zip(*[pair for pair in seen if pair[0]])  # the first step's rate is 0, of the warm-up

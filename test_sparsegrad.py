@@ -1316,24 +1316,44 @@ def test_optimizer_equals_adamw_and_sparse_adam_over_100_steps():
 
 
 @pytest.mark.parametrize("adaptivity", [1.0, 0.5, 0.0])
-@pytest.mark.parametrize("k", [6, 20])
-def test_steps_adapt_to_the_entries_as_far_as_asked(k, adaptivity):
-    """Against the formula; with all 20 entries the gradient is dense, and the parameter decays."""
-    core, grads = nn.Parameter(torch.ones(4, 5)), [torch.randn(4, 5) for _ in range(4)]
-    optimizer = SparseGradAdamW([{"params": [core], "adaptivity": adaptivity}], lr=0.1, weight_decay=0.2)
-    C, m, v, s = torch.ones(4, 5), torch.zeros(4, 5), torch.zeros(4, 5), 0.0
-    for step, grad in enumerate(grads, 1):
-        core.grad = grad if k == 20 else sg.topk_coo(grad, k)
+@pytest.mark.parametrize("kind", ["cut", "rows", "dense"])
+def test_steps_adapt_to_the_entries_as_far_as_asked(kind, adaptivity):
+    """Two parameters of a group against the formula, one with gradients near eps; the third gradient by rows is empty."""
+    params = [nn.Parameter(torch.ones(4, 5)) for _ in range(2)]
+    group = {"params": params, "adaptivity": adaptivity, "k": 6 if kind == "cut" else None}
+    optimizer, grads = SparseGradAdamW([group], lr=0.1, weight_decay=0.2), torch.randn(4, 2, 4, 5)
+    grads[:, 1] *= 1e-7
+    expected = []
+    for number in range(2):
+        C, m, v, s = torch.ones(4, 5), torch.zeros(4, 5), torch.zeros(4, 5), 0.0
+        for step, grad in enumerate(grads[:, number], 1):
+            kept = torch.ones(4, 5, dtype=bool)
+            if kind == "cut":
+                kept = top_k_of(grad, 6) != 0
+            elif kind == "rows":
+                kept[1::2] = False
+                kept &= step != 3
+            g, correction = torch.where(kept, grad, 0.0), (1 - 0.999**step) ** 0.5
+            m, v = torch.where(kept, 0.9 * m + 0.1 * g, m), torch.where(kept, 0.999 * v + 0.001 * g**2, v)
+            s = 0.999 * s + 0.001 * g[kept].square().mean() if kept.any() else s
+            root = (v**adaptivity * s ** (1 - adaptivity)).sqrt()
+            root = root / correction + 1e-8 if kind == "dense" else (root + 1e-8) / correction  # AdamW's eps, SparseAdam's
+            C = C * (1 - 0.1 * 0.2) if kind == "dense" else C
+            C = torch.where(kept, C - 0.1 * m / (1 - 0.9**step) / root, C)
+        expected.append(C)
+    for step, of_step in enumerate(grads, 1):
+        for p, grad in zip(params, of_step):
+            rows = torch.tensor([0, 2] if step != 3 else [], dtype=int)
+            if kind == "cut":
+                p.grad = sg.topk_coo(grad, 12)
+            elif kind == "rows":  # as nn.Embedding(sparse=True)
+                p.grad = torch.sparse_coo_tensor(rows[None], grad[rows], (4, 5), check_invariants=False)
+            else:
+                p.grad = grad.clone()
         optimizer.step()
-        g = top_k_of(grad, k)
-        kept = g != 0
-        m, v = torch.where(kept, 0.9 * m + 0.1 * g, m), torch.where(kept, 0.999 * v + 0.001 * g**2, v)
-        s = 0.999 * s + 0.001 * g[kept].square().mean()
-        root = (v**adaptivity * s ** (1 - adaptivity) / (1 - 0.999**step)).sqrt()
-        C *= 1 - 0.1 * 0.2 if k == 20 else 1.0
-        C -= torch.where(kept, 0.1 * m / (1 - 0.9**step) / (root + 1e-8), torch.zeros(4, 5))
-    torch.testing.assert_close(core.detach(), C, rtol=1e-4, atol=1e-5)
-    assert (core - 1).abs().max() > 0.1
+    for p, C in zip(params, expected):
+        torch.testing.assert_close(p.detach(), C, rtol=1e-4, atol=1e-5)
+        assert (p - 1).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("k", [9, None])
@@ -1352,6 +1372,36 @@ def test_a_core_with_one_second_moment_goes_on_from_its_state(k):
             optimizer.zero_grad()
     torch.testing.assert_close(layer.core, twin.core, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(layer(x), F.linear(x, written_out(layer), layer.bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [50, 100])
+def test_adaptivity_may_be_lowered_while_training(k):
+    p = nn.Parameter(torch.zeros(10, 10))
+    optimizer = SparseGradAdamW([p], lr=1e-3, betas=(0.0, 0.999), weight_decay=0.0)
+    for step in range(301):
+        if step == 300:
+            optimizer.param_groups[0]["adaptivity"] = 0.0
+            before = p.detach().clone()
+        grad = torch.randn(10, 10)
+        p.grad = grad if k == 100 else sg.topk_coo(grad, k)
+        optimizer.step()
+    moved = (p - before)[p != before]
+    assert len(moved) == k and 0.7e-3 < moved.square().mean().sqrt() < 1.5e-3
+
+
+def test_a_state_without_adaptivity_is_adams_and_groups_may_follow_it():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = SparseGradAdamW([p], lr=0.1, adaptivity=0.0)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["adaptivity"]
+    optimizer.load_state_dict(saved)
+    optimizer.add_param_group({"params": [q], "adaptivity": 0.5})
+    assert [group["adaptivity"] for group in optimizer.param_groups] == [1.0, 0.5]
+    with pytest.raises(ValueError, match="adaptivity is 2"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "adaptivity": 2})
+    p.grad, q.grad = torch.ones(3), torch.ones(3)
+    optimizer.step()
+    assert len(optimizer.param_groups) == 2 and p.max() < 0.95 and q.max() < 0.95
 
 
 def test_entries_without_gradient_do_not_move():
@@ -1453,7 +1503,16 @@ def test_half_precision_cores_are_refused(k):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(lr=-1), dict(eps=-1), dict(weight_decay=-1), dict(betas=(1.0, 0.9)), dict(k=0), dict(k=0.5), dict(adaptivity=1.5)],
+    [
+        dict(lr=-1),
+        dict(eps=-1),
+        dict(weight_decay=-1),
+        dict(betas=(1.0, 0.9)),
+        dict(k=0),
+        dict(k=0.5),
+        dict(adaptivity=1.5),
+        dict(adaptivity=-0.5),
+    ],
 )
 def test_optimizer_refuses_bad_options(options):
     params, name = [nn.Parameter(torch.zeros(2, 2))], next(iter(options))
