@@ -1,9 +1,9 @@
 """The claim, measured: SparseGrad beside full fine-tuning, LoRA and MeProp, by one protocol.
 
-    python experiments.py run --glue DIR --tasks sst2                                  every run that results/claim has not yet
-    python experiments.py run --glue DIR --oasst FILE --tasks mrpc stsb oasst --bf16   the same in mixed precision
-    python experiments.py table                                                        the tables, from what it has
-    python experiments.py figure FILE                                                  the README's figure, likewise
+    python experiments.py run --glue DIR --tasks sst2                                      every run that results/claim has not yet
+    python experiments.py run --glue DIR --oasst FILE --tasks mrpc stsb oasst chat --bf16  the same in mixed precision
+    python experiments.py table                                                            the tables, from what it has
+    python experiments.py figure FILE                                                      the README's figure, likewise
 
 A cell is a task, a setting (all but the MLP linears trains densely, as in the paper, or only
 the method and the head: `freeze`) and a method. In each cell the learning rate with the lowest
