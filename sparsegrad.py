@@ -833,8 +833,8 @@ class SparseGradAdamW(torch.optim.Optimizer):
     whole parameter, so its entries keep their proportions; Adam-mini has one for a block). An entry is
     divided by the root of v^adaptivity · s^(1 − adaptivity), v its own second moment and s the
     parameter's, of the mean square of its gradient's entries. At 0.5 rank 128 did better on language
-    models and no better at classifying (README). It holds for dense gradients too, in a step with two
-    more tensors of their size: give the cores a group of their own where more than they trains.
+    models and no better at classifying (README). It holds for dense gradients too, whose step then takes
+    two more tensors of their size: give the cores a group of their own where more than they trains.
 
     Raises ValueError for an option out of range, in a group as well.
     """
@@ -926,8 +926,6 @@ class SparseGradAdamW(torch.optim.Optimizer):
             g.append(values)
             m.append(state["exp_avg"][indices[-1]])
             v.append(state["exp_avg_sq"][indices[-1]])
-            if adaptivity < 1 and "mean_square" not in state:  # s; 0 unless this begins late
-                state["mean_square"] = v[-1].mean() if values.numel() else v[-1].new_zeros(())
         m = torch._foreach_lerp(m, g, 1 - beta1)  # all cores in one kernel, as torch's optimizers do
         v = torch._foreach_mul(v, beta2)
         torch._foreach_addcmul_(v, g, g, value=1 - beta2)
@@ -936,7 +934,10 @@ class SparseGradAdamW(torch.optim.Optimizer):
             state["exp_avg"][index] = m_p
             state["exp_avg_sq"][index] = v_p
             if adaptivity < 1 and g_p.numel():
-                state["mean_square"].lerp_(g_p.square().mean(), 1 - beta2)
+                if "mean_square" in state:  # s
+                    state["mean_square"].lerp_(g_p.square().mean(), 1 - beta2)
+                else:  # at the first step the same, later the best guess
+                    state["mean_square"] = v_p.mean()
                 v_p.pow_(adaptivity).mul_(state["mean_square"] ** (1 - adaptivity))
         torch._foreach_sqrt_(v)
         torch._foreach_add_(v, eps)

@@ -1076,10 +1076,10 @@ def test_accumulated_gradients_are_cut_back_to_k(llama, monkeypatch):
 
     def watched(self, group, params):
         before = [p.detach().clone() for p in params]
-        sparse_step(self, group, params)
+        own_step(self, group, params)
         seen.extend(((p != b).sum().item(), p.grad._nnz()) for p, b in zip(params, before))
 
-    sparse_step = sparsegrad.SparseGradAdamW._own_step
+    own_step = sparsegrad.SparseGradAdamW._own_step
     monkeypatch.setattr(sparsegrad.SparseGradAdamW, "_own_step", watched)
     code, _, err = llama(*brief("sparsegrad"), "--gradient-accumulation", "3", "--max-steps", "3", "--output-dir", "out")
     assert code == 0, err
