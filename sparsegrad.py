@@ -1,12 +1,11 @@
 """SparseGrad: fine-tune the MLP layers of a transformer through sparse gradients.
 
-After Chekalina et al., "SparseGrad: A Selective Method for Efficient Fine-tuning of
-MLP Layers", EMNLP 2024, arXiv 2410.07383. One file; it needs torch and nothing else.
+After Chekalina et al., "SparseGrad: A Selective Method for Efficient Fine-tuning of MLP
+Layers", EMNLP 2024, arXiv 2410.07383. It needs torch and nothing else: copy this file.
 
     bases = find_bases(model, loader)            # 30 steps of back-propagation, then HOSVD
     print(patch_model(model, bases, k=0.01))     # MLP linears become SparseGradLinear
-    optimizer = SparseGradAdamW(model.parameters(), lr=1e-4)
-    ...                                          # your training loop, unchanged
+    optimizer = SparseGradAdamW(model.parameters(), lr=1e-4)  # your training loop, unchanged
     unpatch_model(model)                         # plain linears again, same outputs
 
 In the right basis most of the energy of a weight gradient sits in a few entries. So
@@ -21,21 +20,18 @@ rotate the gradient into that basis, keep its k largest entries, train only thos
 
     forward      y = x (W + V C Uᵀ)ᵀ + b
     backward     dL/dC = Vᵀ G U = (dY V)ᵀ (x U), then only its k largest entries
-                 dL/dx = dY (W + V C Uᵀ),  dL/db = Σ_tokens dY
 
 The paper (§3.2) trains W̃ = Vᵀ W U itself. With complete bases V C Uᵀ + W = V (C + W̃) Uᵀ:
-C is W̃ less its initial value, with the same gradient and the same Adam steps. Starting
-at zero makes an untrained layer equal the linear bit for bit, lets the bases be
-truncated (r < out, in) or absent, lets C train in fp32 beside a W in bf16, and leaves in
-C exactly what training changed in the weight. A basis that is None stands for the
-identity; with neither basis this is the paper's MeProp.
+C is W̃ less its initial value, with the same gradient and the same Adam steps. It makes an
+untrained layer equal the linear bit for bit, and lets the bases be truncated or absent. A
+basis that is None stands for the identity; with neither this is the paper's MeProp.
 """
 
 import collections
 import copy
-import functools
 import itertools
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -43,32 +39,26 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+Targets = str | Iterable[str] | None  # see mlp_linears
 # ------------------------------------------------------------------ unfolding and HOSVD
-
-
 def unfold(tensor: Tensor, mode: int) -> Tensor:
     """Mode-`mode` unfolding (§3.1): `(d0, ..., dn)` -> `(d_mode, product of the others)`."""
     return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
 
-
 def hosvd(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Higher-order SVD by unfoldings (§3.1), the textbook form.
-
-    Returns the core tensor and one factor a mode: the left singular vectors of that
-    mode's unfolding, `(d_mode, min(d_mode, product of the others))`, columns by falling
-    singular value. Multiplying the core by every factor gives `tensor` back.
-    """
-    factors = [torch.linalg.svd(unfold(tensor, mode), full_matrices=False).U for mode in range(tensor.dim())]
-    core = tensor
-    for factor in factors:  # contract the leading mode; the new one goes last
-        core = torch.tensordot(core, factor, dims=([0], [0]))
+    """Higher-order SVD by unfoldings (§3.1), the textbook form: the core tensor, and a factor a
+    mode, `(d_mode, min(d_mode, product of the others))`, the left singular vectors of its
+    unfolding by falling singular value. The core times every factor gives `tensor` back."""
+    core, factors = tensor, []
+    for mode in range(tensor.dim()):  # contract the leading mode; the new one goes last
+        factors.append(torch.linalg.svd(unfold(tensor, mode), full_matrices=False).U)
+        core = torch.tensordot(core, factors[-1], dims=([0], [0]))
     return core, factors
 
-
 # ------------------------------------------------------------------------ which layers
-
 MLP_LINEARS = (
     r"(.*\.)?("
     r"(?<!attention\.)(intermediate|output)\.dense"  # BERT, RoBERTa, ViT of transformers 4
@@ -80,977 +70,631 @@ MLP_LINEARS = (
     r")"
 )
 
-
-def _is_linear(module: nn.Module) -> bool:
-    """nn.Linear, quantised ones included, or the Conv1D of GPT-2 (known by name: transformers is not imported)."""
-    return (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module.weight.dim() == 2
-
-
-def _is_quantised(linear: nn.Module) -> bool:
-    """Whether the weight is stored as integers, in whatever packing, as bitsandbytes does."""
-    return not linear.weight.is_floating_point()
-
+def _is_linear(module: nn.Module | None) -> bool:
+    """nn.Linear, or the Conv1D of GPT-2, by its name: transformers is not imported."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 def weight_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of an nn.Linear or Conv1D; of a quantised layer the weight's own shape says little."""
-    return (linear.out_features, linear.in_features) if isinstance(linear, nn.Linear) else tuple(linear.weight.T.shape)
-
-
-def _out_in(linear: nn.Module, tensor: Tensor) -> Tensor:
-    """`tensor`, shaped as the weight of `linear`, as an `(out, in)` view."""
-    return tensor if isinstance(linear, nn.Linear) else tensor.T
-
-
-@torch.no_grad()
-def dense_weight(linear: nn.Module) -> Tensor:
-    """The weight (out, in) as floats, in fp32 if it is quantised."""
-    if not _is_quantised(linear):
-        return _out_in(linear, linear.weight)
-    y = linear(torch.eye(linear.in_features, device=linear.weight.device))  # asks nothing of how it is stored
-    return (y if linear.bias is None else y - linear.bias).T.float()
-
-
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def mlp_linears(model: nn.Module, target_modules: str | Iterable[str] | None = None) -> dict[str, nn.Module]:
-    """Name -> linear layer, of the layers that SparseGrad is to train.
-
-    `target_modules` is as in PEFT: a regex that matches whole names, or a list of names
-    or name endings. Without it, the MLP linears of BERT, RoBERTa, DistilBERT, ViT, LLaMA,
-    Mistral, Qwen2, T5 and GPT-2 are found by name. Raises ValueError, with the linear
-    layers there are, if none match.
-    """
-    linears = {name: m for name, m in model.named_modules() if name and _is_linear(m)}
-    if target_modules is None or isinstance(target_modules, str):
-        pattern = re.compile(MLP_LINEARS if target_modules is None else target_modules)
-        found = {name: m for name, m in linears.items() if pattern.fullmatch(name)}
-    else:
-        endings = tuple(target_modules)
-        found = {name: m for name, m in linears.items() if any(f".{name}".endswith(f".{e}") for e in endings)}
-    if any(isinstance(m, SparseGradLinear) for m in model.modules()):
-        raise ValueError("the model has SparseGrad layers already; unpatch_model(model) takes them out")
-    if not found:
-        wanted = "no MLP of a known family" if target_modules is None else f"nothing that matches {target_modules!r}"
-        kinds = sorted({_role(name) for name in linears}) or ["none"]
-        raise ValueError(f"{wanted} in this model; pass target_modules. Its linear layers: {', '.join(kinds)}")
-    return found
-
+    """(out, in) of an nn.Linear, quantised ones included, or a Conv1D."""
+    if isinstance(linear, nn.Linear):
+        return linear.out_features, linear.in_features
+    return tuple(linear.weight.T.shape)
 
 def _role(name: str) -> str:
     """The name with block numbers struck out: layers of one role share it."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
 
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of DDP and torch.compile."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+def mlp_linears(model: nn.Module, target_modules: Targets = None) -> dict[str, nn.Module]:
+    """Name -> linear layer, of the layers that SparseGrad is to train. `target_modules` as in PEFT:
+    a regex for whole names, or a list of names or their endings; None for the MLP linears of the
+    families above. ValueError, with the linears there are, if none match, or but a part of MLPs."""
+    model = _unwrap(model)
+    if sparsegrad_layers(model):
+        raise ValueError("the model is patched already; unpatch_model takes its layers out")
+    linears = {name: m for name, m in model.named_modules() if name and _is_linear(m)}
+    pattern = MLP_LINEARS if target_modules is None else target_modules
+    if not isinstance(pattern, str):
+        pattern = "|".join(rf"(.*\.)?{re.escape(ending)}" for ending in pattern)
+    found = {name: m for name, m in linears.items() if re.fullmatch(pattern, name)}
+    block = {name: re.match(r"\D*\d*", name)[0] for name in linears}  # "model.layers.0"
+    shapes = {(block[name], *weight_shape(m)) for name, m in found.items()}
+    stacks = {_role(block[name]) for name in found}
+    blocks = {b for b in block.values() if _role(b) in stacks}  # of a whole MLP each: out, and back
+    half = blocks - {b for b, *_ in shapes} or any((b, n, m) not in shapes for b, m, n in shapes)
+    if not found or (target_modules is None and half):
+        some, there = (", ".join(sorted(set(map(_role, names)))) for names in (found, linears))
+        what = f"{target_modules or 'a known MLP'}: found {some and f'only {some}' or 'nothing'}"
+        raise ValueError(f"{what}; pass target_modules. Linear layers: {there or 'none'}")
+    return found
 
 # ------------------------------------------------------------- gradients and their bases
-
-
 class Basis(nn.Module):
-    """An orthonormal basis for each side of a weight gradient (§3.1).
-
-    U `(in, r_in)`, V `(out, r_out)`: orthonormal columns by falling energy, or None for
-    a side that is not rotated. A module, so that layers can share one and `.to()` moves it.
-    In memory each column lies in one piece; `state_dict` holds contiguous copies.
-    """
-
-    def __init__(self, U: Tensor | None = None, V: Tensor | None = None):
+    """An orthonormal basis for each side of a weight gradient (§3.1): U `(in, r_in)`, V `(out,
+    r_out)`, columns by falling energy, frozen, or None for a side that is not rotated. Spectra
+    for `support="fixed"`: `column_energy` (r_in,), `row_energy` (r_out,), the share of the
+    gradients' squared norm in each column and row of the core, or None."""
+    def __init__(self, U=None, V=None, column_energy=None, row_energy=None):
         super().__init__()
         for side, vectors in (("U", U), ("V", V)):
-            if vectors is not None:
-                rows = vectors.T.contiguous()  # each vector in one piece: sparse products read whole ones
-                vectors = (rows.clone() if rows.untyped_storage().nbytes() > rows.nbytes else rows).T  # and no cut-off columns
-            self.register_buffer(side, vectors)
+            if vectors is not None:  # contiguous: without a hold on columns that were cut off
+                vectors = nn.Parameter(vectors.detach().contiguous(), requires_grad=False)
+            self.register_parameter(side, vectors)
+        self.column_energy, self.row_energy = column_energy, row_energy
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for side in self._buffers:
-            if prefix + side in destination:
-                destination[prefix + side] = destination[prefix + side].contiguous()  # safetensors takes no other
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{s}={None if b is None else tuple(b.shape)}" for s, b in (("U", self.U), ("V", self.V)))
-
+    def core_shape(self, out: int, in_: int) -> tuple[int, int]:
+        """(r_out, r_in): the shape of a core between these bases, for a weight (out, in)."""
+        sides = (self.V, out), (self.U, in_)
+        return tuple(size if basis is None else basis.shape[1] for basis, size in sides)
 
 def _model_loss(model: nn.Module, batch) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch is a {type(batch).__name__}, not a dict: pass loss_fn")
     device = next(model.parameters()).device
-    loss = model(**{key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}).loss
-    if loss is None:
-        raise ValueError("the model gave no loss: put labels in the batches, or pass loss_fn(model, batch)")
-    return loss
+    output = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    if getattr(output, "loss", None) is None:
+        raise ValueError("the model gave no .loss: put labels in the batches, or pass loss_fn")
+    return output.loss
 
-
-def _back_propagate(
-    model: nn.Module,
-    linears: Mapping[str, nn.Module],
-    batches: Iterable,
-    visit: Callable[[str, Tensor], None],
-    n_steps: int = 30,
-    lr: float = 5e-5,
-    loss_fn: Callable[[nn.Module, object], Tensor] = _model_loss,
-    callback: Callable[[int, Tensor], None] | None = None,
-) -> None:
-    """Run `n_steps` of training of `linears` alone, show `visit` each weight gradient
-    `(out, in)` in fp32 or better, and leave the model as it was, come what may."""
-    weights = {name: linear.weight for name, linear in linears.items() if not _is_quantised(linear)}
-    quantised = {name: linear for name, linear in linears.items() if name not in weights}
-    if quantised and lr:
-        raise ValueError(f"{next(iter(quantised))} is quantised, so it cannot be trained for its bases: pass lr=0")
-    seen = set()
-
-    def see(name: str, grad: Tensor) -> None:
-        if name in seen:
-            raise ValueError(f"{name} is quantised and used twice in a step, so its gradient cannot be watched: leave it out")
-        seen.add(name)
-        visit(name, grad)
-
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
-    kept = [(w, w.data, w.grad) for w in weights.values()]
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    optimizer, step = None, -1
-    hooks = [_watch_gradient(linear, functools.partial(see, name)) for name, linear in quantised.items()]
-    try:
-        model.train().requires_grad_(False)
-        for weight in weights.values():
-            weight.grad = None
-            weight.requires_grad_(True)
-        if lr:  # train copies, in fp32 or better: Adam's epsilon and tiny steps vanish in half precision
-            masters = [nn.Parameter(w.detach().to(_at_least_fp32(w.dtype), copy=True)) for w in weights.values()]
-            optimizer = torch.optim.AdamW(masters, lr=lr, fused=all(m.is_cpu for m in masters) or None)
-            for weight, master in zip(weights.values(), masters):
-                weight.data = master.data.to(weight.dtype)  # the master itself where the dtypes agree
-        for step, batch in enumerate(itertools.islice(batches, n_steps)):
-            with torch.enable_grad():
-                loss = loss_fn(model, batch)
+def _gradients(model: nn.Module, batches: Iterable, names: list[str], n_steps: int = 30,
+               lr: float = 5e-5, loss_fn: Callable[[nn.Module, object], Tensor] = _model_loss):
+    """Train the linears `names` alone, and yield each step's gradients, {name: (out, in)}. A twin
+    of the model takes the steps. It shares with it all that does not change, and its linears are
+    SparseGrad layers without bases or a cut: the gradient of such a core is G."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("there are no gradients in inference_mode: collect them outside of it")
+    model, reached, steps = _unwrap(model), set(), 0
+    shared = {id(p): p for p in model.parameters()}
+    for p in filter(torch.is_floating_point, model.parameters()):  # with a flag of its own
+        shared[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
+    twin = copy.deepcopy(model, shared).train()
+    patch_model(twin, dict.fromkeys(names, Basis()), k=None)
+    for module in twin.modules():
+        if module._parameters and not module._modules:
+            module.register_forward_hook(_with_gradient)
+    cores = {name: twin.get_submodule(name).core for name in names}
+    optimizer = SparseGradAdamW(cores.values(), lr, weight_decay=0.0)
+    for batch in itertools.islice(batches, n_steps):
+        with torch.enable_grad():
+            loss = loss_fn(twin, batch)
+            if loss.requires_grad:
                 loss.backward()
-            for name, weight in weights.items():
-                if weight.grad is not None:
-                    grad = _out_in(linears[name], weight.grad)
-                    see(name, grad.to(_at_least_fp32(grad.dtype)))
-            for name in linears:
-                if name not in seen:
-                    raise ValueError(f"the loss does not depend on {name}: leave it out of target_modules")
-            seen.clear()
-            if optimizer:
-                for weight, master in zip(weights.values(), masters):
-                    master.grad = weight.grad.to(master.dtype)
-                optimizer.step()
-                for weight, master in zip(weights.values(), masters):
-                    weight.data.copy_(master.data)
-            for weight in weights.values():
-                weight.grad = None
-            if callback:
-                callback(step, loss.detach())
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for weight, data, grad in kept:
-            weight.data, weight.grad = data, grad
-        for m, name, buffer, before in buffers:
-            m._buffers[name] = buffer
-            with torch.no_grad():
-                buffer.copy_(before)
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        for m, mode in modes:
-            m.training = mode
-    if step < 0:
+        gradients = {name: core.grad for name, core in cores.items() if core.grad is not None}
+        yield gradients
+        reached, steps = reached | gradients.keys(), steps + 1
+        if lr:
+            optimizer.step()
+        twin.zero_grad()
+    if not steps:
         raise ValueError("no batches: gradients cannot be collected from an empty iterable")
+    if missed := ", ".join(name for name in names if name not in reached):
+        raise ValueError(f"in the model given to loss_fn, no call or no gradient reached {missed}")
 
+def _with_gradient(module: nn.Module, args: tuple, y):  # as re-entrant checkpoints need inputs
+    if isinstance(y, Tensor) and y.is_floating_point() and torch.is_grad_enabled():
+        return y if y.requires_grad else y.requires_grad_().clone()
 
-def _watch_gradient(linear: nn.Module, see: Callable[[Tensor], None]):
-    """Show `see` the gradient that a weight which can hold none, a quantised one, would get."""
+def collect_gradients(model: nn.Module, batches: Iterable, target_modules: Targets = None,
+                      **options) -> dict[str, Tensor]:
+    """Name -> weight gradients `(steps, out, in)` of the MLP linears, fp32 or better (§3.1), to
+    look at. Takes `n_steps`, `lr`, `loss_fn` of `find_bases`, which needs no such stack."""
+    stacks = {name: [] for name in mlp_linears(model, target_modules)}
+    for gradients in _gradients(model, batches, list(stacks), **options):
+        for name, G in gradients.items():
+            stacks[name].append(G)
+    return {name: torch.stack(stack) for name, stack in stacks.items()}
 
-    def after_forward(module, args, y):
-        if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing
-            return y
-        x = args[0].detach().flatten(0, -2)  # (T, in)
-
-        def when_dy_is_known(dy):
-            dy = dy.flatten(0, -2)  # (T, out)
-            dtype = _at_least_fp32(dy.dtype)
-            see(dy.to(dtype).T @ x.to(dtype))  # (out, T) @ (T, in)
-
-        y = y + y.new_zeros(()).requires_grad_()  # so that it has a gradient, whatever came before
-        y.register_hook(when_dy_is_known)
-        return y
-
-    return linear.register_forward_hook(after_forward)
-
-
-def collect_gradients(
-    model: nn.Module, batches: Iterable, target_modules: str | Iterable[str] | None = None, **options
-) -> dict[str, Tensor]:
-    """Name -> weight gradients `(steps, out, in)` of the MLP linears, fp32 or better (§3.1).
-
-    `options` are `n_steps`, `lr`, `loss_fn`, `callback` of `find_bases`, which needs no such
-    stack; use this to look at gradients.
-    """
-    linears = mlp_linears(model, target_modules)
-    stack = {name: [] for name in linears}
-    _back_propagate(model, linears, batches, lambda name, grad: stack[name].append(grad.clone()), **options)
-    return {name: torch.stack(grads) for name, grads in stack.items()}
-
-
-def find_bases(
-    model: nn.Module,
-    batches: Iterable,
-    target_modules: str | Iterable[str] | None = None,
-    *,
-    share: str = "role",
-    sides: str = "both",
-    rank: int | None = None,
-    sketch: int | None = None,
-    **options,
-) -> dict[str, Basis]:
+def find_bases(model: nn.Module, batches: Iterable, target_modules: Targets = None, *,
+               share: str = "role", sides: str = "both", rank: int | None = None,
+               **options) -> dict[str, Basis]:
     """Name of layer -> Basis: the HOSVD of §3.1, streamed.
 
-    The left singular vectors of an unfolding are the eigenvectors of its Gram matrix, a
-    sum over the gradients: `Σ G Gᵀ` gives V, `Σ Gᵀ G` gives U. Memory is those two
-    matrices, `(out, out)` and `(in, in)`, however many steps are taken.
+    The left singular vectors of an unfolding are the eigenvectors of its Gram matrix, a sum
+    over the gradients: `Σ G Gᵀ` (out, out) gives V, `Σ Gᵀ G` (in, in) gives U. A twin of the
+    model trains its MLP linears alone by AdamW, in train mode; the model is not touched.
 
-    Trains the MLP linears alone by AdamW, in train mode, on at most `n_steps` of
-    `batches`, at learning rate `lr`, then undoes it: weights, buffers, flags, modes and
-    gradients are as before, also after an error.
-
-    n_steps, lr: 30 and 5e-5 by default; lr 0 stays in place and needs no optimizer's memory,
-        and quantised layers, which cannot train, need it.
+    n_steps, lr: 30 and 5e-5 by default; lr 0 stays at the pretrained weights.
     share: "role", one basis for all blocks' layers of a role, as in the paper; "layer", one each.
-    sides: "both"; "narrow", only the shorter side of each weight (the input side of a square one).
+    sides: "both"; "narrow", only the shorter side of each weight (input, of a square one).
     rank: columns to keep a side; None, all of them (complete bases, as in the paper).
-    sketch: columns of a random projection of each gradient, `Σ (G Ω) (G Ω)ᵀ` for `Σ G Gᵀ`: less work
-        for wide layers, but the sums, up to a factor, are right on average only. Seeded. None: exact.
     loss_fn: `loss_fn(model, batch)`; default, `.loss` of `model(**batch)`.
-    callback: called as `callback(step, loss)` after each step, for a progress bar or log.
-
-    Raises ValueError for options that do not fit the model, no batches, or gradients
-    that are zero or not finite.
-    """
-    linears = mlp_linears(model, target_modules)
+    Raises ValueError for options or batches that do not fit, or gradients missing or not finite."""
     if share not in ("role", "layer") or sides not in ("both", "narrow"):
-        raise ValueError(f"share is 'role' or 'layer' and sides 'both' or 'narrow', not {share!r} and {sides!r}")
-    shapes = {name: weight_shape(linear) for name, linear in linears.items()}
+        raise ValueError(f"share={share!r}: 'role', 'layer'; sides={sides!r}: 'both', 'narrow'")
+    shapes = {name: weight_shape(m) for name, m in mlp_linears(model, target_modules).items()}
     for name, shape in shapes.items():
         if rank is not None and not 1 <= rank <= min(shape):
-            raise ValueError(f"rank is {rank}, but {name} {shape} has room for 1 to {min(shape)} columns a side")
-    if sketch is not None and not (isinstance(sketch, int) and sketch >= 1):
-        raise ValueError(f"sketch is {sketch}: it is a count of columns, an int of 1 or more")
-    groups = {name: (_role(name), shapes[name]) if share == "role" else name for name in linears}
-    grams: dict[object, list[Tensor | None]] = {}
-    generator = torch.Generator().manual_seed(0)
-
-    def visit(name: str, grad: Tensor) -> None:
-        out, in_ = grad.shape
-        if groups[name] not in grams:
-            rotated = (True, True) if sides == "both" else (in_ <= out, out < in_)
-            grams[groups[name]] = [grad.new_zeros(d, d) if on else None for d, on in zip((in_, out), rotated)]
-        for gram, rows in zip(grams[groups[name]], (grad.T, grad)):
-            if gram is not None:
-                if sketch is not None and sketch < rows.shape[1]:
-                    rows = rows @ torch.randn(rows.shape[1], sketch, generator=generator).to(rows)  # (n, p) @ (p, sketch)
-                _add_gram(gram, rows)
-
-    _back_propagate(model, linears, batches, visit, **options)
+            raise ValueError(f"rank is {rank}, but {name} {shape} has room for 1 to {min(shape)}")
+    groups = {n: (_role(n), shape) if share == "role" else n for n, shape in shapes.items()}
+    sums = {}  # group -> scale (), and for U and V the Gram matrix of G / scale, or its diagonal
+    for gradients in _gradients(model, batches, list(shapes), **options):
+        for name, G in gradients.items():
+            if groups[name] not in sums:
+                out, in_ = G.shape
+                rotated = (True, True) if sides == "both" else (in_ <= out, out < in_)
+                grams = [G.new_zeros((d, d) if on else d) for d, on in zip((in_, out), rotated)]
+                sums[groups[name]] = G.new_zeros(()), *grams
+            _add_grams(*sums[groups[name]], G.to(sums[groups[name]][0].device))
     bases = {}
-    for group, pair in grams.items():
-        name = next(n for n, g in groups.items() if g == group)
-        U, V = (None if gram is None else _eigenbasis(gram, rank, name) for gram in pair)
-        bases[group] = Basis(U, V)
-    return {name: bases[groups[name]] for name in linears}
+    for name, group in groups.items():
+        if group not in bases:
+            (U, columns), (V, rows) = (_spectrum(gram, rank, name) for gram in sums[group][1:])
+            bases[group] = Basis(U, V, columns, rows)
+    return {name: bases[group] for name, group in groups.items()}
 
+def _add_grams(scale: Tensor, gram_in: Tensor, gram_out: Tensor, G: Tensor) -> None:
+    """Add `Gᵀ G` and `G Gᵀ` of G (out, in), or the diagonals, in units of scale², which grows:
+    the squares of tiny or huge gradients would leave fp32."""
+    largest = torch.maximum(scale, G.abs().amax()).clamp(min=torch.finfo(G.dtype).tiny)
+    for gram, rows in ((gram_in, G.T / largest), (gram_out, G / largest)):
+        gram.mul_((scale / largest) ** 2)
+        gram.add_(rows.square().sum(1)) if gram.dim() == 1 else gram.addmm_(rows, rows.T)
+    scale.copy_(largest)
 
-def _add_gram(gram: Tensor, rows: Tensor, block: int = 256) -> None:
-    """`gram += rows rowsᵀ` (n, n), in blocks on and below the diagonal: all that `eigh` reads."""
-    for start in range(0, len(rows), block):
-        end = start + block
-        gram[start:end, :end].addmm_(rows[start:end], rows[:end].T)  # (block, p) @ (p, end)
-
-
-def _eigenbasis(gram: Tensor, rank: int | None, name: str) -> Tensor:
-    """Eigenvectors `(n, rank)` of a Gram matrix `(n, n)`, given on and below the diagonal, by falling eigenvalue."""
-    energy = gram.trace()
+def _spectrum(gram: Tensor, rank: int | None, name: str) -> tuple[Tensor | None, Tensor]:
+    """Of a Gram matrix (n, n) the eigenvectors (n, rank) and their shares of the energy (rank,),
+    by falling share; of a diagonal (n,) None and the shares of its entries (n,)."""
+    energy = gram.sum() if gram.dim() == 1 else gram.trace()
     if not 0 < energy < math.inf:
-        raise ValueError(f"the gradients of {name} are {'zero' if energy == 0 else 'not finite'}: no basis in them")
-    vectors = torch.linalg.eigh(gram.double(), UPLO="L").eigenvectors  # float64: orthogonal to 1e-7 once rounded
-    return vectors.flip(1)[:, :rank].to(gram.dtype)
-
+        raise ValueError(f"the gradients of {name} are zero or not finite: no basis in them")
+    if gram.dim() == 1:
+        return None, gram / energy
+    values, vectors = torch.linalg.eigh(gram.double() / energy)  # in fp64: orthogonal to 1e-7
+    vectors, values = vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp(min=0)
+    return vectors.to(gram.dtype), values.to(gram.dtype)
 
 # ------------------------------------------------------------------------ sparse gradients
-
-
 def topk_coo(grad: Tensor, k: int) -> Tensor:
-    """The `k` entries of `grad` (rows, columns) largest in magnitude, as a coalesced COO
-    tensor (§3.3). No device synchronisation. Raises ValueError unless 1 <= k <= numel."""
-    flat = grad.flatten()
-    if not 1 <= k <= flat.numel():
-        raise ValueError(f"k is {k}, but a gradient {tuple(grad.shape)} has 1 to {flat.numel()} entries to keep")
-    index = _largest(flat.abs(), k)  # row-major order is coalesced order
-    columns = grad.shape[1]
+    """The `k` entries of `grad` (rows, columns) largest in magnitude, as a coalesced COO tensor
+    (§3.3). No device synchronisation."""
+    flat, columns = grad.flatten(), grad.shape[1]
+    index = flat.abs().topk(k, sorted=False).indices.sort().values  # row-major: coalesced order
     # Strided so on purpose: autograd hands contiguous indices on without the mark "coalesced".
     indices = torch.stack((index // columns, index % columns), dim=1).T  # (2, k)
-    return torch.sparse_coo_tensor(indices, flat[index], grad.shape, is_coalesced=True, check_invariants=False)
-
-
-def _largest(sizes: Tensor, k: int) -> Tensor:
-    """Indices of the `k` largest of `sizes` (n,), ascending. On a CPU, where `topk` is slow on
-    millions, it gets those above a bound that a sample puts a little below the k-th largest."""
-    if sizes.device.type == "cpu" and len(sizes) >= max(4 * k, SAMPLE**2):
-        bound = sizes[::SAMPLE].topk(int(1.1 * k / SAMPLE) + 32, sorted=False).values.min().item()
-        likely = (sizes < bound).logical_not_().nonzero().squeeze(1)  # so put, a NaN is among them
-        if len(likely) >= k:  # else the sample misled
-            return likely[sizes[likely].topk(k, sorted=False).indices].sort().values
-    return sizes.topk(k, sorted=False).indices.sort().values
-
-
-SAMPLE = 61  # one entry in so many; prime, so that it seldom meets the same columns in every row
-
+    # What torch.sparse_coo_tensor calls; that itself warns in torch 2.11, whatever one asks for.
+    return torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+        2, 0, grad.shape, indices, flat[index], dtype=grad.dtype, layout=torch.sparse_coo,
+        device=grad.device, is_coalesced=True)
 
 def topk_energy(grad: Tensor, k: int) -> float:
     """Share, 0 to 1, of the squared norm of `grad` that its `k` largest entries hold."""
     squares = grad.double().square().flatten()
     return (squares.topk(k).values.sum() / squares.sum()).item()
 
-
-# ------------------------------------------------------------------------------ the layer
-
-
-class Plan(NamedTuple):
-    """How a layer computes: which products are the fewest depends on the sizes."""
-
-    merge: bool  # forward and dL/dx with W + V C Uᵀ written out; else rotate activations (Table 2)
-    tokens: bool  # dL/dC as (dY V)ᵀ (x U); else as Vᵀ (dYᵀ x) U
-
-
-SPARSE = 25  # dense multiply-adds in the time of one with a sparse factor, on two CPU cores (results/benchmark)
-
-
-def cheapest_plan(tokens: int, out: int, in_: int, r_out: int | None, r_in: int | None, k: int | None = None) -> Plan:
-    """The plan of fewest multiply-adds a step; `r_out`, `r_in` None for a side not rotated.
-
-    k: entries of C that change from step to step, if the layer keeps W + V C Uᵀ and need
-    only bring it up to date; None: it is written out anew.
-    """
-    rows, columns = r_out or out, r_in or in_  # of the core
-    r_out, r_in = r_out or 0, r_in or 0  # a product by the identity costs nothing
-    rotate = tokens * (in_ * r_in + out * r_out)  # x U and dY V
-    write = out * in_ + min(rows * r_in * in_ + out * r_out * in_, out * r_out * columns + out * r_in * in_)  # W + V C Uᵀ
-    if k is not None:  # as `_add_expanded` does it
-        if r_out and r_in:
-            by_sparse, by_dense = (out, r_in) if out >= in_ else (in_, r_out)
-        else:
-            by_sparse, by_dense = out if r_out else in_ if r_in else 1, 0
-        write = min(SPARSE * k, rows * columns) * by_sparse + out * in_ * by_dense
-    elif not _keep(rows * columns, out * in_):
-        write *= 2  # for the backward again
-    reduce = min(r_out * out * in_ + rows * in_ * r_in, out * in_ * r_in + r_out * out * columns)  # Vᵀ G U
-    costs = {
-        Plan(merge=False, tokens=True): 2 * rotate + 3 * tokens * rows * columns,
-        Plan(merge=True, tokens=True): write + rotate + tokens * rows * columns,
-        Plan(merge=True, tokens=False): write + reduce + tokens * out * in_,
-    }
-    return min(costs, key=costs.get)
-
-
-def _keep(core: int, weight: int) -> bool:
-    """Whether W + V C Uᵀ, once written out, is kept for the backward and, in training, for the next step. Not
-    for a small core: it would be the largest tensor of the layer, and writing it out again is cheap."""
-    return 2 * core > weight
-
-
-def _expand(core: Tensor, U: Tensor | None, V: Tensor | None, onto: Tensor | None = None) -> Tensor:
-    """V C Uᵀ `(out, in)`, in the cheaper order; a new tensor with `onto` added, if given."""
-    if U is None and V is None:
-        return core if onto is None else onto + core
-    if U is None:
-        left, right = V, core
-    elif V is None:
-        left, right = core, U.T
-    else:
-        (rows, columns), out, in_ = core.shape, V.shape[0], U.shape[0]
-        v_first = out * columns * (rows + in_) <= rows * in_ * (columns + out)
-        left, right = (V @ core, U.T) if v_first else (V, core @ U.T)
-    return left @ right if onto is None else torch.addmm(onto, left, right)
-
-
-def _merge(residual: Tensor, core: Tensor, U: Tensor | None, V: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """W + V C Uᵀ `(out, in)` in `dtype`, that of all but W."""
-    same = residual.dtype == dtype
-    return _expand(core, U, V, residual) if same else (residual + _expand(core, U, V)).to(dtype)
-
-
-def _add_expanded(weight: Tensor, change: Tensor, U: Tensor | None, V: Tensor | None) -> None:
-    """`weight` (out, in) += V ΔC Uᵀ, for a sparse ΔC; the wide side by a sparse product, if there are two."""
-    if SPARSE * change._nnz() > change.numel():
-        change = change.to_dense()
-    if U is None and V is None:
-        weight.add_(change)
-    elif V is None:
-        weight.add_(change @ U.T)  # (out, in) @ (in, in)
-    elif U is None:
-        weight.add_((change.T @ V.T).T)  # (in, out) @ (out, out)
-    elif len(V) >= len(U):
-        weight.addmm_((change.T @ V.T).T, U.T)  # (out, r_in) @ (r_in, in)
-    else:
-        weight.addmm_(V, change @ U.T)  # (out, r_out) @ (r_out, in)
-
+def hyperbolic_cross(row_energy: Tensor, column_energy: Tensor, k: int) -> Tensor:
+    """Flat indices (k,), ascending, of the entries (i, j) of a core with the largest
+    `row_energy[i] * column_energy[j]`: where gradients of these spectra are expected large."""
+    expected = torch.outer(row_energy, column_energy).flatten()
+    return expected.topk(k, sorted=False).indices.sort().values
 
 class SparseGradFunction(torch.autograd.Function):
-    """`y = x (W + V C Uᵀ)ᵀ + b` with a top-k gradient for C (§3.2, §3.3, Table 2).
-
-    x (T, in), residual W (out, in), core C (r_out, r_in), U, V, bias (out,) or None;
-    k, the entries of dL/dC to keep, or None for all of them as a dense tensor. Computes
-    in `dtype` and returns (T, out) in it; W gets no gradient. W None, for one that is
-    elsewhere: `y = x (V C Uᵀ)ᵀ + b`, by a plan that does not merge. merged: W + V C Uᵀ, if
-    the caller has it at hand and the plan merges.
-    """
-
+    """The core as it is; its gradient, which autograd makes by Table 2, cut to k entries (§3.3)"""
     @staticmethod
-    def forward(ctx, x, residual, core, U, V, bias, k, plan, dtype, merged=None):
-        bias_dtype = None if bias is None else bias.dtype
-        shared = U, V  # by many layers, so these are saved, and cast again in backward
-        C, U, V = (None if t is None else t.to(dtype) for t in (core, U, V))
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        train_core = ctx.needs_input_grad[2]
-        rotated = x
-        if U is not None and plan.tokens and (train_core or not plan.merge):
-            rotated = x @ U  # (T, in) @ (in, r_in)
-        if plan.merge:
-            weight = _merge(residual, C, U, V, dtype) if merged is None else merged.to(dtype)
-            y = F.linear(x, weight, bias)  # (T, in) @ (in, out)
-            if merged is None and _keep(C.numel(), residual.numel()):
-                merged = weight
-        else:
-            left, right = (rotated, C) if V is None else (rotated @ C.T, V)  # (T, r_in) @ (r_in, r_out)
-            # then (T, r_out) @ (r_out, out)
-            y = F.linear(left, right, bias) if residual is None else F.linear(x, residual.to(dtype), bias).addmm_(left, right.T)
-        ctx.save_for_backward(rotated if train_core else None, residual, core, *shared, merged)
-        ctx.k, ctx.plan, ctx.dtypes = k, plan, (dtype, bias_dtype)
-        return y
+    def forward(ctx, core, k):
+        ctx.k = k
+        return core.view_as(core)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        rotated, residual, core, U, V, merged = ctx.saved_tensors
-        dtype, bias_dtype = ctx.dtypes
-        dy, C, U, V = (None if t is None else t.to(dtype) for t in (dy, core, U, V))
-        dx = d_core = d_bias = None
-        dyv = dy
-        if V is not None and ctx.plan.tokens and (ctx.needs_input_grad[2] or not ctx.plan.merge):
-            dyv = dy @ V  # (T, out) @ (out, r_out)
-        if ctx.needs_input_grad[0]:
-            if ctx.plan.merge:
-                dx = dy @ (_merge(residual, C, U, V, dtype) if merged is None else merged.to(dtype))  # (T, out) @ (out, in)
-            else:
-                left, right = (dyv, C) if U is None else (dyv @ C, U.T)  # (T, r_out) @ (r_out, r_in)
-                # then (T, r_in) @ (r_in, in)
-                dx = left @ right if residual is None else (dy @ residual.to(dtype)).addmm_(left, right)
-        if ctx.needs_input_grad[2]:
-            d_core = dyv.T @ rotated  # (r_out, T) @ (T, r_in), or G (out, T) @ (T, in)
-            if not ctx.plan.tokens:
-                d_core = _expand(d_core, None if U is None else U.T, None if V is None else V.T)
-            d_core = d_core.to(core.dtype)
-            if ctx.k is not None:
-                d_core = topk_coo(d_core, ctx.k)
-        if ctx.needs_input_grad[5]:
-            d_bias = dy.sum(0, dtype=bias_dtype)
-        return dx, None, d_core, None, None, d_bias, None, None, None, None
+    def backward(ctx, grad):
+        return topk_coo(grad, ctx.k), None
 
+# ------------------------------------------------------------------------------ the layer
+class _NoValues(Tensor):
+    """What a SparseGrad layer shows as `weight`: dtype, device and shape alone."""
+    def __new__(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device):
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # torch's fused paths look
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError("a SparseGrad layer's weight has no values: call it, or leave it out")
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 may have sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+def _add_core(W: Tensor, C: Tensor, U: Tensor | None, V: Tensor | None) -> Tensor:
+    """W + V C Uᵀ (out, in)."""
+    C = C if V is None else V @ C  # (out, r_out) @ (r_out, r_in)
+    return W + C if U is None else torch.addmm(W, C, U.T)  # (out, r_in) @ (r_in, in)
 
 class SparseGradLinear(nn.Module):
     """A linear layer that trains through the k largest entries of its rotated gradient.
-
-    Made by `from_linear`, undone by `to_linear`. `residual` (out, in) is the pretrained
-    weight, frozen, in its own dtype; `core` (r_out, r_in) trains, in fp32 or better
-    (ValueError in less, where steps of size lr would vanish in rounding);
-    `bias` is the linear's own parameter. Input (..., in), output (..., out).
-
-    A quantised linear is kept as it is, as `base`, and `residual` is None: `base` multiplies
-    by W, this layer adds what V C Uᵀ gives.
-
-    On a CPU, a layer with a large fp32 core that SparseGradAdamW trains by k of its entries holds one more tensor
-    (out, in), W + V C Uᵀ, from step to step; saving, copying or moving the layer drops it.
-    """
-
-    _kept: tuple[list | None, Tensor | None] = (None, None)  # what W + V C Uᵀ was made from, and itself
-
-    def __init__(self, linear: nn.Module, basis: Basis, k: int | None):
-        super().__init__()
-        self.out_features, self.in_features = weight_shape(linear)
-        weight, self.bias, self.base = linear.weight, linear.bias, None
-        if _is_quantised(linear):
-            self.base, linear.bias = linear, None
-            self.register_parameter("residual", None)
-        else:
-            self.residual = nn.Parameter(_out_in(linear, weight).detach().contiguous(), requires_grad=False)
-        self.basis = basis
-        shape = _core_shape(basis, self.out_features, self.in_features)
-        self.core = nn.Parameter(torch.zeros(shape, device=weight.device, dtype=_at_least_fp32(weight.dtype)))
-        self.k = k
-        self._plain = nn.Linear if self.base is not None else type(linear)
-
+    `residual` (out, in) is the pretrained weight, frozen, in its own dtype, as are the bases.
+    `core` (r_out, r_in), or (k,) with a fixed `support` (k,) of flat indices, trains in fp32 or
+    better, else ValueError. A quantised linear is kept, as `base`, and the residual None."""
     @classmethod
-    def from_linear(cls, linear: nn.Module, basis: Basis, k: float | int | None) -> "SparseGradLinear":
-        """Wrap an nn.Linear or GPT-2 Conv1D. The weight is taken over, not copied (but a
-        Conv1D's is transposed); `basis` becomes the layer's own, and moves to where and as
-        what the core is.
-
-        k: entries a step, as a count (int), or as a share of `out * in` (float, at most
-        the whole core); None, or as many as the core has, gives a dense gradient. Raises ValueError if the basis does
-        not fit the weight, or k is 0 or more than the core has entries.
-        """
-        layer = cls(linear, basis, _check_fit("the layer", weight_shape(linear), basis, k))
-        layer.basis.to(layer.core)
+    def from_linear(cls, linear: nn.Module, basis: Basis, k: float | int | None = 0.01, *,
+                    support: str = "topk", cut: str = "backward") -> "SparseGradLinear":
+        """Take over the weight of an nn.Linear or GPT-2 Conv1D, and `basis`, which moves to its
+        device and dtype. k, support, cut, ValueError: as in `patch_model`."""
+        layer, weight, shape = cls(), linear.weight, weight_shape(linear)
+        layer.k, layer.cut = _entries("the layer", shape, basis, k, support, cut), cut
+        layer.out_features, layer.in_features = shape
+        layer.register_parameter("bias", linear.bias)
+        if weight.is_floating_point():
+            W = weight.detach() if isinstance(linear, nn.Linear) else weight.detach().T
+            layer.base, layer.residual, dtype = None, nn.Parameter(W.contiguous(), False), W.dtype
+            layer.emptied = (linear,)  # for to_linear; in a tuple, it is no submodule
+            linear._parameters["weight"] = None
+        else:
+            layer.base, layer.residual, dtype = linear, None, torch.float32
+        linear.bias = None
+        layer.basis, index, shape = basis.to(weight.device, dtype), None, basis.core_shape(*shape)
+        if support == "fixed" and layer.k is not None:
+            index = hyperbolic_cross(basis.row_energy, basis.column_energy, layer.k)
+            index, shape = index.to(weight.device), index.shape
+        layer.register_buffer("support", index)
+        dtype = torch.promote_types(dtype, torch.float32)
+        layer.core = nn.Parameter(torch.zeros(shape, device=weight.device, dtype=dtype))
         return layer.train(linear.training)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Module:
         """A plain layer of the original class with weight `W + V C Uᵀ` and the same bias
-        parameter; its weight trains if the core did. A quantised one becomes an nn.Linear in fp32."""
-        weight = self.merged_weight()
-        with torch.device("meta"):  # no initialisation, no random numbers drawn
-            plain = self._plain
-            linear = plain(self.in_features, self.out_features) if issubclass(plain, nn.Linear) else plain(*weight.shape)
-        linear.weight = nn.Parameter(_out_in(linear, weight).contiguous(), self.core.requires_grad)
-        linear.bias = self.bias
+        parameter; its weight trains if the core did. A quantised one is an nn.Linear in fp32."""
+        empty = self.base and nn.Linear(self.in_features, self.out_features, device="meta")
+        linear, weight = empty or copy.deepcopy(self.emptied[0]), self.merged_weight()
+        weight = weight if isinstance(linear, nn.Linear) else weight.T.contiguous()
+        linear.weight, linear.bias = nn.Parameter(weight, self.core.requires_grad), self.bias
         return linear.train(self.training)
 
+    @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """`W + V C Uᵀ` (out, in), in the dtype of W (fp32 if that is quantised): what the layer
-        multiplies by."""
-        delta = _expand(self.core.detach(), self.basis.U, self.basis.V)
-        W = self.residual if self.base is None else dense_weight(self.base)
-        return (W + delta).to(W.dtype)
+        """`W + V C Uᵀ` (out, in), summed in fp32 or better, in the dtype of W; fp32 if packed."""
+        eye = torch.eye(self.in_features, device=self.core.device)  # asks any packing for its W
+        W = self.base(eye).T.float() if self.base else _whole(self.residual)
+        dtype = torch.promote_types(W.dtype, torch.float32)
+        return _add_core(W.to(dtype), *self._factors(dtype)).to(W.dtype)
 
     @property
     def weight(self) -> Tensor:
-        """The frozen pretrained weight, for code that asks a linear's dtype or device
-        (T5 does). Not what the layer multiplies by: see `merged_weight`."""
-        return self.residual if self.base is None else self.base.weight
+        """Dtype, device and shape of W, as T5 asks for, and an error for whatever asks for more."""
+        W = self.base.weight if self.base else self.residual
+        return _NoValues((self.out_features, self.in_features), W.dtype, W.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        own = x.dtype if self.residual is None else self.residual.dtype
-        dtype = torch.get_autocast_dtype(device) if autocast else own
-        if x.dtype != dtype and not autocast:
-            raise RuntimeError(f"input is {x.dtype} but the layer is {dtype}")
-        if torch.is_grad_enabled() and self.core.requires_grad and self.core.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError("a core in fp16 or bf16 cannot train: its steps vanish in rounding; keep it in fp32")
-        U, V = self.basis.U, self.basis.V
-        r_out, r_in = (None if b is None else b.shape[1] for b in (V, U))
-        tokens = x.reshape(-1, x.shape[-1])  # (T, in)
-        plan, merged = Plan(merge=False, tokens=True), None
-        keeps = self._keeps_weight()
+        device, leading = x.device.type, x.shape[:-1]
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))  # once, not for each product
+        x = x.reshape(-1, x.shape[-1])  # (T, in)
+        C, U, V = self._factors(x.dtype)
+        out = self._writes_out(len(x))
         if self.base is None:
-            plan = cheapest_plan(tokens.shape[0], self.out_features, self.in_features, r_out, r_in, self.k if keeps else None)
-        if keeps and plan.merge:
-            with torch.autocast("cpu", enabled=False):  # it is fp32, and there
-                merged = self._kept_weight()
-        core = self.core if torch.is_grad_enabled() else self.core.detach()
-        y = SparseGradFunction.apply(tokens, self.residual, core, U, V, self.bias, self.k, plan, dtype, merged)
-        y = y.reshape(*x.shape[:-1], self.out_features)
-        return y if self.base is None else y + self.base(x).to(y.dtype)
-
-    # A step of SparseGradAdamW moves k entries of C, so W + V C Uᵀ need not be written out anew:
-    # the layer keeps it while it trains, and adds what the optimizer says that it did. Any other
-    # write to C, W or a basis shows in its address or version, and then all is written anew.
-    # (A write through `.data` has neither: write under no_grad.) With another optimizer, which
-    # may write so, it is written out anew each time.
-    def _keeps_weight(self) -> bool:
-        trains = torch.is_grad_enabled() and self.core.requires_grad and self.k is not None
-        exact = self.base is None and self.residual.dtype == self.core.dtype  # small changes would vanish in bf16
-        # On CUDA the transposed ΔC would be sorted anew, and the host wait for it.
-        return trains and exact and self.core.is_cpu and _keep(self.core.numel(), self.residual.numel())
-
-    @torch.no_grad()
-    def _kept_weight(self) -> Tensor:
-        U, V, core = self.basis.U, self.basis.V, self.core
-        stamps = [(t.data_ptr(), t._version) for t in (core, self.residual, U, V) if t is not None]
-        before, weight = self._kept
-        told = getattr(core, "last_step", None)  # None: of no step of SparseGradAdamW yet; (): the last is in the weight
-        if before == stamps and told is not None:
-            return weight
-        old, new, index, change = told or (None,) * 4
-        if before == [(core.data_ptr(), old), *stamps[1:]] and new == core._version:
-            change = torch.sparse_coo_tensor(torch.stack(index), change, core.shape, is_coalesced=True, check_invariants=False)
-            _add_expanded(weight, change, U, V)
+            W = self.residual.detach()
+            y = F.linear(x, _add_core(W, C, U, V) if out else W, self.bias)  # (T, in) @ (in, out)
         else:
-            weight = _merge(self.residual, core, U, V, core.dtype)
-        self._kept = stamps, weight
-        core.last_step = told and ()  # also asks the optimizer to tell
-        return weight
+            y = self.base(x).to(x.dtype)
+            y = y if self.bias is None else y + self.bias.to(x.dtype)
+        if not out:
+            x = x if U is None else x @ U  # (T, in) @ (in, r_in)
+            x, V = (x, C) if V is None else (F.linear(x, C), V)  # (T, r_in) @ (r_in, r_out)
+            y.addmm_(x, V.T)  # (T, r_out) @ (r_out, out)
+        return y.reshape(*leading, self.out_features)
 
-    def _save_to_state_dict(self, *args):
-        self._kept = None, None  # so that a run that goes on from the file rounds as the one that wrote it
-        super()._save_to_state_dict(*args)
+    def _writes_out(self, tokens: int) -> bool:
+        """Whether W + V C Uᵀ takes fewer multiply-adds a step than rotating so many tokens. Never
+        with truncated bases, where `x U` is less to keep than x, nor with a quantised W."""
+        m, n = self.out_features, self.in_features
+        u, v = self.basis.U is not None, self.basis.V is not None
+        rotate = 2 * tokens * (u * n**2 + v * m**2) + 3 * tokens * m * n
+        write = 2 * m * n * (u * n + v * m) + tokens * m * n
+        return self.base is None and self.basis.core_shape(m, n) == (m, n) and write < rotate
 
-    def __getstate__(self):
-        return {**self.__dict__, "_kept": (None, None)}  # not into copies and files
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """C (r_out, r_in), U, V in `dtype`. Whatever the flags say, of these C alone trains."""
+        both, core = (self.basis.U, self.basis.V), _whole(self.core)
+        U, V = (None if b is None else _whole(b).detach().to(dtype) for b in both)
+        trains = torch.is_grad_enabled() and core.requires_grad
+        if trains and core.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError("a core in half precision cannot train, steps vanish: keep it in fp32")
+        if self.support is not None:
+            shape = self.basis.core_shape(self.out_features, self.in_features)
+            C = torch.zeros(math.prod(shape), dtype=dtype, device=core.device)
+            return C.index_copy_(0, self.support, core.to(dtype)).view(shape), U, V
+        if trains and self.k and isinstance(core, nn.Parameter) and not hasattr(core, "cut_to"):
+            raise RuntimeError("nothing cuts the gradient of a core that fully_shard made: patch "
+                               "with support='fixed', or k=None")
+        if trains and self.k and self.cut == "backward":
+            core = self._cut_in_backward(core)
+        return core.to(dtype), U, V
 
-    def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, core={tuple(self.core.shape)}, k={self.k}"
+    @torch.compiler.disable  # a compiled graph breaks here: compilers take no COO
+    def _cut_in_backward(self, core: Tensor) -> Tensor:
+        if DistributedDataParallel._active_ddp_module is not None:
+            raise RuntimeError("DDP sends no COO gradients: patch with cut='step' instead")
+        return SparseGradFunction.apply(core, self.k)
 
-    # A state_dict must hold a shared basis once, not once a layer (safetensors, and with it
-    # the Trainer, refuses tensors that share memory). So the first layer registers it as a
-    # submodule and the others only point to it, and move it along when they are moved.
-    def _borrow_basis(self) -> None:
-        self.__dict__["basis"] = self._modules.pop("basis")
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name == "core":  # it tells SparseGradAdamW to how many entries to cut its gradient
+            param.cut_to = self.k if self.cut == "step" and self.support is None else None
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)  # of a copy or a file: parameters come without attributes
+        self.core = self._parameters.pop("core")
 
     def _apply(self, fn, recurse=True):
-        self._kept = None, None
-        if "basis" not in self._modules:
+        if "basis" not in self._modules:  # a borrowed one, see patch_model
             self.basis._apply(fn)
         return super()._apply(fn, recurse)
 
-
-def _core_shape(basis: Basis, out: int, in_: int) -> tuple[int, int]:
-    return (out if basis.V is None else basis.V.shape[1]), (in_ if basis.U is None else basis.U.shape[1])
-
-
-def _check_fit(name: str, shape: tuple[int, int], basis: Basis, k: float | int | None) -> int | None:
-    """Entries to keep for a weight of `shape` (out, in), None if that is all; ValueError if basis or k do not fit it."""
-    out, in_ = shape
-    for side, vectors, size in (("U", basis.U, in_), ("V", basis.V, out)):
-        if vectors is not None and (vectors.dim() != 2 or vectors.shape[0] != size or not 1 <= vectors.shape[1] <= size):
-            raise ValueError(f"{side} of {name} is {tuple(vectors.shape)}; for a weight ({out}, {in_}) it is ({size}, 1 to {size})")
-    rows, columns = _core_shape(basis, out, in_)
-    if k is None:
-        return None
-    if isinstance(k, float):
+def _entries(name: str, shape: tuple[int, int], basis: Basis, k, support: str, cut: str):
+    """Entries to train of a weight (out, in), None for the whole core. ValueError if none can."""
+    if (support, cut) not in KINDS:
+        raise ValueError(f"support={support!r}, cut={cut!r} is none of {KINDS}")
+    for side, b, size in (("U", basis.U, shape[1]), ("V", basis.V, shape[0])):
+        if b is not None and not (len(b) == size and 1 <= b.shape[-1] <= size):
+            raise ValueError(f"{side} of {name} is {tuple(b.shape)}, not ({size}, 1 to {size})")
+    core = basis.core_shape(*shape)
+    if k is not None and not isinstance(k, numbers.Integral):
         if not 0 < k <= 1:
-            raise ValueError(f"k is {k}: as a share it lies above 0 and up to 1.0; an int is a count of entries")
-        k = max(1, min(round(k * out * in_), rows * columns))
-    if not 1 <= k <= rows * columns:
-        raise ValueError(f"k is {k}, but the core of {name} ({rows}, {columns}) has 1 to {rows * columns} entries")
-    return k if k < rows * columns else None  # with nothing to cut, a dense gradient is the smaller one
-
+            raise ValueError(f"k is {k}: a share lies above 0 and up to 1.0, a count is an int")
+        k = max(1, min(round(float(k) * math.prod(shape)), math.prod(core)))
+    if k is not None and not 1 <= k <= math.prod(core):
+        raise ValueError(f"k is {k}, but the core of {name} has 1 to {math.prod(core)} entries")
+    energies = zip((basis.row_energy, basis.column_energy), core)
+    if support == "fixed" and any(e is None or len(e) != n for e, n in energies):
+        raise ValueError(f"support='fixed' needs a basis of {name} with spectra: use find_bases")
+    return None if k == math.prod(core) else k  # nothing to cut: dense
 
 # ------------------------------------------------------------------------ patching a model
-
-
 class Summary(NamedTuple):
     """What a patched model trains; `print` it."""
-
     layers: int  # SparseGrad layers
-    core: int  # entries of their cores
+    core: int  # entries of their cores that train
     touched: int  # of these, entries one step updates
     dense: int  # other trainable parameters
-    frozen: int  # parameters that do not train, as they are stored (4-bit ones two to a byte)
+    frozen: int  # the rest but the bases, as stored (4-bit ones two to a byte)
 
     def __str__(self) -> str:
-        share = 100 * self.touched / max(self.core, 1)
-        return (
-            f"{self.layers} SparseGrad layers: a step updates {self.touched:,} of {self.core:,} core entries ({share:.3g} %); "
-            f"{self.dense:,} other parameters train, {self.frozen:,} are frozen"
-        )
-
+        share = f"{self.core:,} core entries ({100 * self.touched / max(self.core, 1):.3g} %)"
+        return (f"{self.layers} SparseGrad layers: a step updates {self.touched:,} of {share}; "
+                f"{self.dense:,} other parameters train, {self.frozen:,} are frozen")
 
 def sparsegrad_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
     """Name -> layer, of the SparseGrad layers of `model`."""
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseGradLinear)}
 
-
 def summary(model: nn.Module) -> Summary:
     """Count what trains in a patched model."""
     layers = sparsegrad_layers(model).values()
-    cores = [layer for layer in layers if layer.core.requires_grad]
-    core = sum(layer.core.numel() for layer in cores)
-    touched = sum(layer.core.numel() if layer.k is None else layer.k for layer in cores)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    return Summary(len(layers), core, touched, trainable - core, total - trainable)
+    cores = {id(m.core): m.k or m.core.numel() for m in layers if m.core.requires_grad}
+    bases = {id(p) for layer in layers for p in layer.basis.parameters()}
+    params = {id(p): p for p in model.parameters() if id(p) not in bases}
+    frozen = {id(m.residual) for m in layers} | {i for i in params if not params[i].requires_grad}
+    core, still, total = (sum(params[i].numel() for i in ids if i in params)
+                          for ids in (cores, frozen, params))
+    return Summary(len(layers), core, sum(cores.values()), total - still - core, still)
 
+def _fault(linear: nn.Module | None, parent: nn.Module, owners: Mapping[int, int]) -> str:
+    """What keeps `linear` from being `y = x Wᵀ + b`, the same whoever calls it; "" if nothing."""
+    if not _is_linear(linear):
+        found = "not in the model" if linear is None else f"a {type(linear).__name__}"
+        return f"should be a linear layer, but is {found}"
+    weight, moved = linear._parameters.get("weight"), hasattr(linear, "_hf_hook")  # accelerate's
+    if isinstance(parent, nn.MultiheadAttention):
+        return "is read by nn.MultiheadAttention, and never called: leave it out"
+    if weight is None:
+        return "has a weight that is computed: remove its pruning or parametrization first"
+    if owners[id(weight)] > 1:
+        return "has a weight tied to another of the model; a patched layer would untie it"
+    if not weight.is_floating_point():
+        return ""  # quantised: kept, and called as it is
+    if type(weight.data) is not Tensor or (weight.is_meta and moved):
+        return f"has a {type(weight.data).__name__} on {weight.device} as weight: patch before that"
+    if isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward:
+        return f"is a {type(linear).__name__}, which has a forward of its own"
+    hooks = any(v for k, v in vars(linear).items() if re.fullmatch("_(for|back)ward.*hooks", k))
+    if hooks or ("forward" in vars(linear) and not moved):
+        return "has hooks or a replaced forward, which would be lost"
+    return ""
 
-def patch_model(
-    model: nn.Module,
-    bases: Mapping[str, Basis] | None,
-    k: float | int | None = 0.01,
-    target_modules: str | Iterable[str] | None = None,
-) -> Summary:
+def patch_model(model: nn.Module, bases: Mapping[str, Basis] | None,
+                k: float | int | Mapping[str, int] | None = 0.01, target_modules: Targets = None,
+                *, support: str = "topk", cut: str = "backward") -> Summary:
     """Replace the named linears by SparseGradLinear, in place; returns the `summary`.
+    bases: from `find_bases`, and copied, so that no two models share one. None: no bases, the
+        paper's MeProp, on `target_modules` (as in `mlp_linears`).
+    k: entries to train of each layer: a count (int), a share of `out * in` (float; the paper keeps
+        1 %, §5.1), or a dict of them by name. None: all of the core, by a dense gradient.
+    support: "topk", the paper's: the k entries whose gradient is largest in a step. "fixed": the
+        `hyperbolic_cross` of the bases' spectra, now. The core is a vector of k numbers then.
+    cut: for "topk". "backward", the paper's: gradients are COO after backward(). "step": they stay
+        dense until SparseGradAdamW cuts them. Training is the same, the top k are those of all
+        micro-batches, and DDP, torch.compile, clip_grad_norm_ and the Trainer take it.
 
-    bases: from `find_bases`, and copied, so that no two models share one. None: no bases,
-    the paper's MeProp, on `target_modules` (as in `find_bases`).
-    k: as in `SparseGradLinear.from_linear`; the paper keeps 1 % of each layer (§5.1).
-
-    Other parameters stay as trainable as they were. Raises ValueError, the model
-    untouched, if it is patched already or a name, a shape or k does not fit.
-    """
+    Other parameters stay as trainable as they were. Raises ValueError if the model is patched or
+    wrapped, or a layer, a basis or k does not fit; it is untouched then."""
+    if any(_unwrap(m) is not m for m in model.modules()):
+        raise ValueError("the model is wrapped by DDP or torch.compile: patch it before that")
     if bases is None:
         bases = dict.fromkeys(mlp_linears(model, target_modules), Basis())
     elif target_modules is not None:
         raise ValueError("target_modules goes with bases=None; bases name their layers themselves")
-    if not bases:
-        raise ValueError("no layers to patch: the bases are empty")
-    if sparsegrad_layers(model):
-        raise ValueError("the model is patched already; unpatch_model(model) takes its SparseGrad layers out")
-    modules = dict(model.named_modules())
+    if not bases or sparsegrad_layers(model):
+        raise ValueError(f"the model {'is patched already' if bases else 'gets no bases'}")
+    modules, counts, copies = dict(model.named_modules()), {}, {}
     owners = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, basis in bases.items():
-        linear = modules.get(name, nn.Module())
-        if not name or not _is_linear(linear):
-            what = f"a {type(linear).__name__}" if name in modules else "not in the model"
-            raise ValueError(f"{name!r} should be a linear layer, but is {what}")
-        if owners[id(linear.weight)] > 1:
-            raise ValueError(f"the weight of {name} is tied to another of the model; a patched layer would untie it")
-        _check_fit(name, weight_shape(linear), basis, k)
-    copies: dict[int, Basis] = {}
-    for name, basis in bases.items():
-        borrowed = id(basis) in copies
-        layer = SparseGradLinear.from_linear(modules[name], copies.setdefault(id(basis), copy.deepcopy(basis)), k)
-        if borrowed:
-            layer._borrow_basis()
+        linear = modules.get(name)
+        if fault := _fault(linear, modules.get(name.rpartition(".")[0]), owners):
+            raise ValueError(f"{name!r} {fault}")
+        wanted = k[name] if isinstance(k, Mapping) else k
+        counts[name] = _entries(name, weight_shape(linear), basis, wanted, support, cut)
+    for name, count in counts.items():
+        linear, basis = modules[name], bases[name]
+        place = id(basis), linear.weight.device, linear.weight.dtype
+        borrows = place in copies  # all layers of a basis that are on one device share a copy
+        basis = copies.setdefault(place, copy.deepcopy(basis))
+        layer = SparseGradLinear.from_linear(linear, basis, count, support=support, cut=cut)
+        if borrows:  # a state_dict holds it once: safetensors takes no tensors that share memory
+            layer.__dict__["basis"] = layer._modules.pop("basis")
         model.set_submodule(name, layer)
     return summary(model)
 
-
 def unpatch_model(model: nn.Module) -> None:
-    """Turn every SparseGradLinear back into the plain layer it was, with what it learned,
-    in place: the outputs stay. Raises ValueError if there is none."""
-    layers = sparsegrad_layers(model)
-    if not layers:
+    """Turn every SparseGradLinear back into the plain layer it was, with what it learned, in
+    place: the outputs stay. Raises ValueError if there is none."""
+    if not (layers := sparsegrad_layers(model)):
         raise ValueError("the model has no SparseGrad layers")
     for name, layer in layers.items():
         model.set_submodule(name, layer.to_linear())
 
-
 # -------------------------------------------------------------------------- the optimizer
+def lazy_adam(g: Tensor, m: Tensor, v: Tensor, step: int, lr, betas, eps, adaptivity=1.0) -> Tensor:
+    """One step of torch.optim.SparseAdam (§3.3) for entries with gradients g (n, k), n cores.
+    Brings their moments m, v (n, k) up to date in place, and returns the change (n, k)."""
+    m.lerp_(g, 1 - betas[0])
+    v.lerp_(g * g, 1 - betas[1])
+    if adaptivity < 1:
+        v = v**adaptivity * v.mean(1, keepdim=True) ** (1 - adaptivity)
+    size = lr * math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)
+    return m / (v.sqrt() + eps) * -size
 
+class SparseGradAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, and lazy Adam (§3.3) for COO gradients and for cores with cut="step".
+    The lazy one is that of torch.optim.SparseAdam: only entries present in the gradient move,
+    their moments with them; no weight decay; one step count for all entries; dense moments. Cores
+    with cut="step" are first cut to the k largest entries of their gradients. AdamW's options
+    hold for dense gradients, `fused` by default; lr, betas, eps and maximize for lazy Adam too.
 
-class SparseGradAdamW(torch.optim.Optimizer):
-    """AdamW for dense gradients, lazy Adam for COO gradients (§3.3), in one optimizer.
+    A parameter group may have `adaptivity` < 1 (Adam): all of it takes lazy Adam then, and divides
+    by the root of v^adaptivity · s^(1 − adaptivity), s the mean of the v that move in a core."""
+    def __init__(self, params, lr=1e-3, *args, **options):
+        options.setdefault("fused", not options.get("foreach"))
+        super().__init__(params, lr, *args, **options)
+        self._step_supports_amp_scaling = False  # else GradScaler would leave all to `fused`
 
-    The lazy one is that of torch.optim.SparseAdam: only entries present in the gradient
-    move, their moments with them; no weight decay; one step count for all entries. Its
-    two moments are dense, so its memory is AdamW's. A core with a dense gradient decays
-    as any parameter: towards 0, where the layer is the pretrained one.
+    def _init_group(self, group: dict, *lists):
+        """Where AdamW.step asks for a group's parameters with a gradient. Those of lazy Adam take
+        their step here, and AdamW sees the others."""
+        dense, alike = [], collections.defaultdict(list)
+        for p in group["params"]:
+            keep, sparse = getattr(p, "cut_to", None), False
+            if p.grad is not None and p.grad.is_sparse and not p.grad.dense_dim():
+                p.grad, sparse = p.grad.coalesce(), True  # by rows, AdamW sees it, and refuses
+            if p.grad is None or not (sparse or keep or group.get("adaptivity", 1.0) < 1):
+                if group["fused"] and p in self.state:  # after lazy Adam, it is on the host
+                    self.state[p]["step"] = self.state[p]["step"].to(p.device)
+                dense.append(p)
+                continue
+            keep, state = p.grad._nnz() if sparse else keep or p.numel(), self.state[p]
+            if not state:
+                state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            step = int(state.get("step", 0)) + 1
+            state["step"] = torch.tensor(float(step))
+            alike[p.shape, p.dtype, p.device, sparse, keep, step].append(p)
+        for (shape, *_, keep, step), cores in alike.items():
+            n = max(1, 2**26 // math.prod(shape))  # at once: 256 MiB of them, in fp32
+            for i in range(0, len(cores), n):
+                self._lazy_step(cores[i : i + n], keep, step, group)
+        return super()._init_group({**group, "params": dense}, *lists)
 
-    k: cut each COO gradient to its k largest entries before the step, a count. Accumulation
-    over micro-batches unites their supports; this restores the sparsity. None: no cut.
+    def _lazy_step(self, cores: list[Tensor], keep: int, step: int, group: dict) -> None:
+        """A step of n cores of one shape, each by `keep` entries of its gradient."""
+        if cores[0].grad.is_sparse:
+            index = torch.stack([p.grad.indices() for p in cores])  # (n, 2, k)
+            index = index[:, 0] * cores[0].shape[1] + index[:, 1]  # (n, k)
+            g = torch.stack([p.grad.values() for p in cores])
+        else:
+            g = torch.stack([p.grad.flatten() for p in cores])  # (n, entries)
+            index = g.abs().topk(keep, sorted=False).indices  # (n, k)
+            g = g.gather(1, index)
+        moments = [[self.state[p][key] for p in cores] for key in ("exp_avg", "exp_avg_sq")]
+        all_m, all_v = (torch.stack([each.flatten() for each in kind]) for kind in moments)
+        m, v = all_m.gather(1, index), all_v.gather(1, index)
+        options = (group.get(key, 1.0) for key in ("lr", "betas", "eps", "adaptivity"))
+        change = lazy_adam(-g if group["maximize"] else g, m, v, step, *options)
+        for kind, rows, new in zip(moments, (all_m, all_v), (m, v)):
+            rows = rows.scatter_(1, index, new).view(-1, *cores[0].shape)
+            torch._foreach_copy_(kind, list(rows))
+        change = all_m.zero_().scatter_(1, index, change).view(-1, *cores[0].shape)
+        torch._foreach_add_(cores, list(change))
 
-    adaptivity: how far step sizes adapt to each entry, from 1 (Adam) to 0 (one second moment for a
-    whole parameter, so its entries keep their proportions; Adam-mini has one for a block). An entry is
-    divided by the root of v^adaptivity · s^(1 − adaptivity), v its own second moment and s the
-    parameter's, of the mean square of its gradient's entries. At 0.5 rank 128 did better on language
-    models and no better at classifying (README). It holds for dense gradients too, whose step then takes
-    two more tensors of their size: give the cores a group of their own where more than they trains.
-
-    Raises ValueError for an option out of range, in a group as well.
-    """
-
-    def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, k: int | None = None, adaptivity: float = 1.0
-    ):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, k=k, adaptivity=adaptivity))
-
-    def add_param_group(self, param_group: dict) -> None:
-        options = {**self.defaults, **param_group}
-        lr, betas, eps, weight_decay = (options[key] for key in ("lr", "betas", "eps", "weight_decay"))
-        k, adaptivity = options["k"], options["adaptivity"]
-        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
-            raise ValueError(f"lr {lr}, eps {eps}, weight_decay {weight_decay} must be >= 0 and betas {betas} in [0, 1)")
-        if k is not None and not (isinstance(k, int) and k >= 1):
-            raise ValueError(f"k is {k}: it is a count of entries, an int of 1 or more")
-        if not 0 <= adaptivity <= 1:
-            raise ValueError(f"adaptivity is {adaptivity}: it lies from 0 (one second moment for a whole parameter) to 1 (Adam)")
-        super().add_param_group(param_group)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("adaptivity", 1.0)  # of a state from before there was one
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if group["k"] is not None and any(p.grad.is_sparse and p.grad.dense_dim() for p in params):
-                raise ValueError("k cuts entries, but a gradient is sparse by rows (an embedding's): give it a group with k=None")
-            for p in params:
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p)
-            ours = [p.grad.is_sparse or group["adaptivity"] < 1 for p in params]
-            self._adamw_step(group, [p for p, own in zip(params, ours) if not own])
-            self._own_step(group, [p for p, own in zip(params, ours) if own])
-        return loss
-
-    def _adamw_step(self, group, params) -> None:
-        states = [self.state[p] for p in params]
-        adamw(
-            params,
-            # CPU kernels that do all at once do not look at strides.
-            [p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad) for p in params],
-            *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq")),
-            max_exp_avg_sqs=[],
-            state_steps=[s["step"] for s in states],
-            fused=all(p.is_cpu and p.is_contiguous() for p in params) or None,  # else torch's default, a few kernels for all
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
-    def _own_step(self, group, params) -> None:
-        if not params:
-            return
-        (beta1, beta2), adaptivity = group["betas"], group["adaptivity"]
-        indices, g, m, v, sizes, eps = [], [], [], [], [], []
-        for p in params:
-            state = self.state[p]
-            if p.grad.is_sparse:
-                grad = p.grad.coalesce()
-                index, values = grad.indices(), grad.values()
-                if group["k"] is not None and len(values) > group["k"]:
-                    kept = values.abs().topk(group["k"], sorted=False).indices.sort().values
-                    index, values = index[:, kept], values[kept]
-            else:
-                index, values = (...,), p.grad
-                p.mul_(1 - group["lr"] * group["weight_decay"])  # and a new version: a layer that keeps its weight makes it anew
-            state["step"] += 1
-            step = state["step"].item()
-            correction = math.sqrt(1 - beta2**step)
-            sizes.append(-group["lr"] * correction / (1 - beta1**step))
-            eps.append(group["eps"] * (1.0 if p.grad.is_sparse else correction))  # SparseAdam's place for it, or AdamW's
-            indices.append(tuple(index))
-            g.append(values)
-            m.append(state["exp_avg"][indices[-1]])
-            v.append(state["exp_avg_sq"][indices[-1]])
-        m = torch._foreach_lerp(m, g, 1 - beta1)  # all cores in one kernel, as torch's optimizers do
-        v = torch._foreach_mul(v, beta2)
-        torch._foreach_addcmul_(v, g, g, value=1 - beta2)
-        for p, index, g_p, m_p, v_p in zip(params, indices, g, m, v):
-            state = self.state[p]
-            state["exp_avg"][index] = m_p
-            state["exp_avg_sq"][index] = v_p
-            if adaptivity < 1 and g_p.numel():
-                if "mean_square" in state:  # s
-                    state["mean_square"].lerp_(g_p.square().mean(), 1 - beta2)
-                else:  # at the first step the same, later the best guess
-                    state["mean_square"] = v_p.mean()
-                v_p.pow_(adaptivity).mul_(state["mean_square"] ** (1 - adaptivity))
-        torch._foreach_sqrt_(v)
-        torch._foreach_add_(v, eps)
-        torch._foreach_div_(m, v)
-        torch._foreach_mul_(m, sizes)
-        for p, index, change in zip(params, indices, m):
-            before = p._version
-            p[index] = p[index] + change
-            if hasattr(p, "last_step"):  # the layer's `_kept_weight` asks for it
-                p.last_step = before, p._version, index, change
-
-
-@torch.no_grad()
-def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients in place so that their joint 2-norm is at most `max_norm`, COO
-    ones counted by their summed entries; returns the norm before. With max_norm inf
-    nothing is scaled. torch's own raises on COO gradients up to 2.13."""
-    values = []
-    for p in [params] if isinstance(params, Tensor) else params:
-        if p.grad is not None and p.grad.is_sparse:
-            p.grad = p.grad.coalesce()  # duplicates must be summed before they are squared
-        if p.grad is not None:
-            values.append(p.grad._values() if p.grad.is_sparse else p.grad)
-    if not values:
-        return torch.tensor(0.0)
-    device = values[0].device
-    norm = torch.stack([v.norm(dtype=_at_least_fp32(v.dtype)).to(device, torch.float32) for v in values]).norm()
-    if max_norm == math.inf:
-        return norm
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for v in values:
-        v.mul_(scale.to(v.device))
-    return norm
-
+@register_optimizer_step_pre_hook
+def _refuse_other_optimizers(optimizer, args, kwargs) -> None:
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    uncut = any(getattr(p, "cut_to", None) and p.grad is not None for p in params)
+    if uncut and not isinstance(optimizer, SparseGradAdamW):
+        raise RuntimeError("cut='step' needs SparseGradAdamW, another optimizer would train all of "
+                           "a core: or patch with cut='backward', support='fixed' or k=None")
 
 # --------------------------------------------------------------------------------- saving
-
-
+KINDS = tuple(itertools.product(("topk", "fixed"), ("backward", "step")))  # (support, cut)
+BASIS = ("U", "V", "column_energy", "row_energy")
+@torch.no_grad()
 def sparsegrad_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What training changed, and the bases: flat, and fit for `safetensors.torch.save_file`.
-
-    `NAME.core.values`, and `.indices` (int32, into the flattened core) of its entries that
-    are not zero; `NAME.core.meta` (int64): out, in, r_out, r_in (0: no basis), number of the
-    basis, k (0: dense); `sparsegrad.basis.NUMBER.U` and `.V`; all other trainable parameters and the model's
-    persistent buffers under their own names. Raises ValueError if nothing is patched.
-    """
-    layers = sparsegrad_layers(model)
-    if not layers:
+    `NAME.core.values`, `.indices` (int32, into the flattened core) of its entries that are not
+    zero, or of a fixed support; `NAME.core.meta` (int64): out, in, r_out, r_in (0: no basis),
+    number of the basis, k (0: dense), place in KINDS; `sparsegrad.basis.NUMBER.` each of BASIS;
+    other trainable parameters, persistent buffers. FSDP2's are gathered: all processes call it."""
+    model, numbered = _unwrap(model), {}
+    if not (layers := sparsegrad_layers(model)):
         raise ValueError("the model has no SparseGrad layers")
-    state, numbers = {}, {}
-    ours = tuple(f"{name}.{part}" for name in layers for part in ("core", "basis.", "base."))
-    persistent = model.state_dict().keys()
-    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, tensor in {**trained, **buffers}.items():
-        if not name.startswith(ours):
-            state[name] = tensor.detach().clone().contiguous()
+    state = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state |= {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+    parts = ("core", "support", "residual", "basis.", "base.")
+    ours = tuple(f"{name}.{part}" for name in layers for part in parts)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(ours)}
     for name, layer in layers.items():
-        number = numbers.setdefault(id(layer.basis), len(numbers))
-        for side, vectors in layer.basis.named_buffers():
-            state[f"sparsegrad.basis.{number}.{side}"] = vectors.detach().clone().contiguous()
-        flat = layer.core.detach().flatten()
-        index = flat.nonzero().squeeze(1)
-        state[f"{name}.core.values"] = flat[index]
-        state[f"{name}.core.indices"] = index.to(torch.int32)
-        ranks = (0 if b is None else b.shape[1] for b in (layer.basis.V, layer.basis.U))
-        state[f"{name}.core.meta"] = torch.tensor([layer.out_features, layer.in_features, *ranks, number, layer.k or 0])
-    return state
+        basis, values, index = layer.basis, _whole(layer.core).flatten(), layer.support
+        kind = KINDS.index(("topk" if index is None else "fixed", layer.cut))
+        if index is None:
+            index = values.nonzero().squeeze(1)
+            values = values[index]
+        number, ranks = numbered.setdefault(id(basis), len(numbered)), basis.core_shape(0, 0)
+        meta = layer.out_features, layer.in_features, *ranks, number, layer.k or 0, kind
+        core = {"values": values, "indices": index.int(), "meta": torch.tensor(meta)}
+        state |= {f"{name}.core.{part}": tensor for part, tensor in core.items()}
+        state |= {f"sparsegrad.basis.{number}.{part}": getattr(basis, part) for part in BASIS}
+    state = {name.replace("_orig_mod.", ""): t for name, t in state.items() if t is not None}
+    return {name: _whole(t).detach().clone().contiguous() for name, t in state.items()}
 
-
+@torch.no_grad()
 def load_sparsegrad_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Patch a fresh copy of the pretrained `model` and bring it to where `state`, of
-    `sparsegrad_state_dict`, was saved: same outputs, ready to train on.
-
-    Raises ValueError naming the first mismatch of name or shape, the model untouched.
-    """
-    metas = {key.removesuffix(".core.meta"): v.tolist() for key, v in state.items() if key.endswith(".core.meta")}
+    `sparsegrad_state_dict`, was saved: same outputs, ready to train on. Raises ValueError naming
+    the first mismatch of name or shape, the model untouched."""
+    metas = {k.removesuffix(".core.meta"): v for k, v in state.items() if k.endswith(".core.meta")}
     if not metas:
-        raise ValueError("no SparseGrad layer in this state: it was not made by sparsegrad_state_dict")
-    ours = {f"{name}.core.{part}" for name in metas for part in ("values", "indices", "meta")}
-    others = {key: v for key, v in state.items() if key not in ours and not key.startswith("sparsegrad.basis.")}
+        raise ValueError("no SparseGrad layer in this state: sparsegrad_state_dict did not make it")
     modules, tensors = dict(model.named_modules()), model.state_dict(keep_vars=True)
-    bases = {}
+    bases, counts, cores, numbered = {}, {}, {}, {}
     for name, meta in metas.items():
-        module = modules.get(name)
-        if isinstance(module, SparseGradLinear):
-            raise ValueError(f"{name} is patched already: load into a fresh copy of the pretrained model")
-        shape = weight_shape(module) if module is not None and _is_linear(module) else None
-        if shape != tuple(meta[:2]):
-            raise ValueError(f"{name} is a linear layer {tuple(meta[:2])} in the file, but {shape or 'none'} in the model")
-        if len(meta) != 6:
-            raise ValueError(f"{name}.core.meta should be six numbers, but is {meta}")
-        out, in_, r_out, r_in, number, k = meta
-        entries = (r_out or out) * (r_in or in_)
-        values, index = (state.get(f"{name}.core.{part}", torch.empty(0, 0)) for part in ("values", "indices"))
-        whole = values.dim() == 1 and values.shape == index.shape and 0 <= k <= entries
-        if not whole or (len(index) and not 0 <= index.min() <= index.max() < entries):
-            raise ValueError(f"{name}.core is damaged: it should be as many values as indices, below {entries}")
-        for side, shape in (("U", (in_, r_in)), ("V", (out, r_out))):
-            basis = state.get(f"sparsegrad.basis.{number}.{side}", torch.empty(0, 0))
-            if shape[1] and tuple(basis.shape) != shape:
-                raise ValueError(f"sparsegrad.basis.{number}.{side} should be {shape}, for {name}, but is {tuple(basis.shape)}")
-        if number not in bases:
-            bases[number] = Basis(*(state.get(f"sparsegrad.basis.{number}.{side}") for side in "UV"))
+        *shape, r_out, r_in, number, k, kind = (*meta.tolist(), 0)[:7]  # 6 in the first edition
+        here = weight_shape(modules[name]) if _is_linear(modules.get(name)) else "none, or patched"
+        if here != tuple(shape):
+            raise ValueError(f"{name} is {tuple(shape)} in the file, but {here} in the model")
+        found = (state.get(f"sparsegrad.basis.{number}.{part}") for part in BASIS)
+        basis = bases[name] = numbered.setdefault(number, Basis(*found))
+        index, values = (state.get(f"{name}.core.{part}", meta) for part in ("indices", "values"))
+        fits = basis.core_shape(0, 0) == (r_out, r_in) and index.shape == values.shape
+        if not fits or (index >= math.prod(basis.core_shape(*shape))).any():
+            raise ValueError(f"{name}.core is damaged: basis, indices and values do not fit")
+        counts[name], cores[name] = k or None, (index, values)
+    ours = ("sparsegrad.basis.", *(f"{name}.core." for name in metas))
+    others = {name: value for name, value in state.items() if not name.startswith(ours)}
     for name, value in others.items():
-        shape = tuple(tensors[name].shape) if name in tensors else None
-        if shape != tuple(value.shape):
-            raise ValueError(f"{name} is {tuple(value.shape)} in the file, but {shape or 'missing'} in the model")
-    patch_model(model, {name: bases[meta[4]] for name, meta in metas.items()}, None)
-    with torch.no_grad():
-        for name, layer in sparsegrad_layers(model).items():
-            layer.k = _check_fit(name, metas[name][:2], layer.basis, metas[name][5] or None)
-            index = state[f"{name}.core.indices"].to(layer.core.device, torch.int64)
-            layer.core.view(-1)[index] = state[f"{name}.core.values"].to(layer.core)
-        for name, value in others.items():
-            tensors[name].copy_(value)
+        here = tuple(tensors[name].shape) if name in tensors else "missing"
+        if here != tuple(value.shape):
+            raise ValueError(f"{name} is {tuple(value.shape)} in the file, but {here} here")
+    patch_model(model, bases, counts, **dict(zip(("support", "cut"), KINDS[kind])))
+    for name, layer in sparsegrad_layers(model).items():
+        index, values = (tensor.to(layer.core.device) for tensor in cores[name])
+        if layer.support is not None:
+            layer.support.copy_(index)
+        place = ... if layer.support is not None else index.long()
+        layer.core.view(-1)[place] = values.to(layer.core)
+    for name, value in others.items():
+        tensors[name].copy_(value)
