@@ -24,6 +24,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Iterable
 
+import datasets
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -92,19 +93,26 @@ def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
     """The options of both scripts; `k` is the default of `--k`. None stands for "not given"."""
     add = parser.add_argument
     add("--method", choices=METHODS, default="sparsegrad")
-    add("--k", type=share_or_count, help=f"entries a step keeps of each layer: a share (0.01) or a count (28000); default {k}")
+    entries = "entries a step updates of each layer: a share (0.01) or a count (28000)"
+    add("--k", type=share_or_count, help=f"{entries}; default {k}")
     add(
         "--rank",
         type=number(int, 1),
         help="sparsegrad: columns kept of each basis (default all); lora: its rank (default: nearest to k)",
+    )
+    add(
+        "--support",
+        choices=("topk", "fixed"),
+        default="topk",
+        help="the k entries with the largest gradients of each step, or k fixed ones",
     )
     add("--share", choices=("role", "layer"), default="role", help="one basis for all blocks' layers of a role, or one a layer")
     add("--sides", choices=("both", "narrow"), default="both", help="rotate both sides of a gradient, or the shorter alone")
     add(
         "--basis-steps", type=number(int, 1), default=30, help="steps of back-propagation the bases are made from, one pass at most"
     )
-    add("--sketch", type=number(int, 1), help="columns of a random projection of each gradient the bases are made from")
-    add("--basis-lr", type=number(float, 0.0), help="their learning rate, default 5e-5; 0: at the pretrained weights, less memory")
+    rate = "their learning rate, default 5e-5; 0: at the pretrained weights, less memory"
+    add("--basis-lr", type=number(float, 0.0), default=5e-5, help=rate)
     add("--lr", type=number(float, 0.0), help="learning rate; default by method and model")
     add("--adaptivity", type=number(float, 0.0, 1.0), default=1.0, help="SparseGradAdamW's, for the cores; 1: Adam")
     add("--batch-size", type=number(int, 1), help="rows a step")
@@ -123,7 +131,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, k: 
     """No option is ignored: one that the method has no use for is an error. Then fills in
     the defaults of those not given, `k` for `--k`."""
     uses = {"k": ("lora", *SPARSE), "rank": ("lora", "sparsegrad"), "adaptivity": SPARSE} | dict.fromkeys(
-        ("share", "sides", "basis_steps", "sketch", "basis_lr"), ("sparsegrad",)
+        ("support", "share", "sides", "basis_steps", "basis_lr"), ("sparsegrad",)
     )
     if args.merge is not None and args.merge.exists() and (not args.merge.is_dir() or any(args.merge.iterdir())):
         parser.error(f"--merge {args.merge} is there already: pass a new or empty folder")
@@ -133,7 +141,6 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, k: 
     if args.method == "lora" and args.rank is not None and args.k is not None:
         parser.error("--rank sets LoRA's size and --k asks for the rank nearest to it: pass one of the two")
     args.k = k if args.k is None else args.k
-    args.basis_lr = 5e-5 if args.basis_lr is None else args.basis_lr
 
 
 def run(main: Callable[[], None]) -> None:
@@ -284,10 +291,12 @@ def apply_method(model: nn.Module, linears: dict[str, nn.Module], args: argparse
             print(f"bases: {info['basis_steps']} steps of back-propagation{one_pass}, then HOSVD ...", flush=True)
             bases = sparsegrad.find_bases(
                 model, batches, list(linears), share=args.share, sides=args.sides, rank=args.rank,
-                sketch=args.sketch, n_steps=info["basis_steps"], lr=args.basis_lr,
+                n_steps=info["basis_steps"], lr=args.basis_lr,
             )  # fmt: skip
             info["basis_seconds"] = round(time.perf_counter() - start, 2)
-        print(sparsegrad.patch_model(model, bases, args.k, None if bases else list(linears)))
+        names = None if bases else list(linears)
+        options = dict(support=args.support, cut="step")  # dense gradients, as the Trainer wants
+        print(sparsegrad.patch_model(model, bases, args.k, names, **options))
     for p in model.parameters():
         if p.requires_grad:  # tiny steps vanish in half precision
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
@@ -341,9 +350,9 @@ def merge(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if plain.weight.is_floating_point():
                 module.merge()
             else:  # PEFT would quantise the sum, and lose most of what was learned
-                weight = sparsegrad.dense_weight(plain) + module.get_delta_weight("default").float()
-                bias, plain = plain.bias, nn.Linear(plain.in_features, plain.out_features, False, device="meta")
-                plain.weight, plain.bias = nn.Parameter(weight), bias
+                layer = sparsegrad.SparseGradLinear.from_linear(plain, sparsegrad.Basis(), None)
+                plain = layer.to_linear()  # in fp32
+                plain.weight.data += module.get_delta_weight("default")
             model.set_submodule(name, plain)
     if not all(p.is_floating_point() for p in model.parameters()):
         model = model.dequantize()
@@ -393,20 +402,21 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
 
 
 class SparseGradTrainer(transformers.Trainer):
-    """The Trainer, with a gradient norm that counts COO gradients: torch's own raises on
-    them up to 2.13, and transformers 5 logs it at every step. Batches by length. Its
+    """The Trainer, with batches by length where a datasets.Dataset has `input_ids`. Its
     checkpoints hold the parameters that train, not the frozen ones."""
 
     def _get_train_sampler(self, *args):
-        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        rows = self.train_dataset
+        if not isinstance(rows, datasets.Dataset) or "input_ids" not in rows.column_names:
+            return super()._get_train_sampler(*args)
+        lengths = [len(ids) for ids in rows["input_ids"]]
         return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed, self.state)
 
     def _save(self, output_dir=None, state_dict=None):
         folder = pathlib.Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        # By way of state_dict, at which SparseGrad layers drop what they keep, so that a resumed run rounds alike.
-        save_file({name: t for name, t in self.model.state_dict().items() if name in trained}, folder / TRAINED)
+        trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        save_file(trained, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         parameters = dict(self.model.named_parameters())
@@ -416,12 +426,6 @@ class SparseGradTrainer(transformers.Trainer):
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _clip_grad_norm(self, model):
-        return sparsegrad.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        return sparsegrad.clip_grad_norm_(model.parameters(), math.inf) if grad_norm is None else grad_norm
 
 
 class Measure(transformers.TrainerCallback):
@@ -518,10 +522,11 @@ def train_and_report(
         sparsegrad.load_sparsegrad_state_dict(model, load_file(folder / ADAPTER))
     else:
         info = apply_method(model, chosen, args, _basis_batches(args, **trainer_options))
-        info["frozen"] = [name for name, p in model.named_parameters() if not p.requires_grad]
+        info["trained"] = [name for name, p in model.named_parameters() if p.requires_grad]
     if checkpoint:
         info = json.loads((folder / "method.json").read_text(encoding="utf-8"))
-        _freeze_like(model, info["frozen"])
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in info["trained"])
     if getattr(model, "is_quantized", False):
         model._hf_peft_config_loaded = True  # the Trainer trains no quantised model without an adapter; it has one
 
@@ -532,7 +537,7 @@ def train_and_report(
         bf16=args.bf16, report_to=[], logging_nan_inf_filter=False, dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
     ), **training_options})  # fmt: skip
-    optimizer = _sparse_optimizer(model, training, args.adaptivity) if args.method in SPARSE else None
+    optimizer = _sparse_optimizer(model, args) if args.method in SPARSE else None
     callbacks = [measure, *trainer_options.pop("callbacks", [])]
     trainer = trainer_class(model, training, optimizers=(optimizer, None), callbacks=callbacks, **trainer_options)
     if not checkpoint:
@@ -584,7 +589,7 @@ def train_and_report(
         "evaluations": evaluations,
         "steps": trainer.state.global_step,
         **counts,
-        **{key: value for key, value in info.items() if key not in ("frozen", "basis_seconds")},
+        **{key: value for key, value in info.items() if key not in ("trained", "basis_seconds")},
         **extra,
         **measured,
         **provenance(),
@@ -598,28 +603,20 @@ def _basis_batches(args: argparse.Namespace, *, train_dataset, data_collator, **
     return torch.utils.data.DataLoader(train_dataset, args.batch_size, shuffle=True, collate_fn=data_collator, generator=order)
 
 
-def _sparse_optimizer(model: nn.Module, training: transformers.TrainingArguments, adaptivity: float) -> sparsegrad.SparseGradAdamW:
-    """A group of cores for each k, which restores it where accumulation has united several supports; and one of all else."""
-    of_k: dict[int | None, list] = {}
-    for layer in sparsegrad.sparsegrad_layers(model).values():
-        of_k.setdefault(layer.k if training.gradient_accumulation_steps > 1 else None, []).append(layer.core)
-    cores = {core for group in of_k.values() for core in group}
-    groups = [{"params": params, "k": k, "adaptivity": adaptivity} for k, params in of_k.items()]
-    if others := [p for p in model.parameters() if p.requires_grad and p not in cores]:
-        groups.append({"params": others})
-    return sparsegrad.SparseGradAdamW(groups, lr=training.learning_rate, weight_decay=0.0)
+def _sparse_optimizer(model: nn.Module, args: argparse.Namespace) -> sparsegrad.SparseGradAdamW:
+    """A group of the cores, then one of all else that trains, which may be nothing."""
+    cores = dict.fromkeys(layer.core for layer in sparsegrad.sparsegrad_layers(model).values())
+    others = [p for p in model.parameters() if p.requires_grad and p not in cores]
+    groups = [{"params": [*cores], "adaptivity": args.adaptivity}, {"params": others}]
+    return sparsegrad.SparseGradAdamW(groups, lr=args.lr, weight_decay=0.0)
 
 
 def orthogonality_error(model: nn.Module) -> float:
     """The largest entry of |UᵀU − I| and |VᵀV − I| over all bases, in float64."""
-    bases = {id(layer.basis): layer.basis for layer in sparsegrad.sparsegrad_layers(model).values()}
-    vectors = [b for basis in bases.values() for b in basis.buffers()]
-    return max((b.T.double() @ b.double() - torch.eye(b.shape[1]).to(b.device)).abs().max().item() for b in vectors)
-
-
-def _freeze_like(model: nn.Module, frozen: list[str]) -> None:
-    for name, p in model.named_parameters():
-        p.requires_grad_(name not in frozen)
+    layers = sparsegrad.sparsegrad_layers(model).values()
+    vectors = {b for layer in layers for b in layer.basis.parameters()}  # each (n, r)
+    grams = [b.T.double() @ b.double() for b in vectors]
+    return max((gram - torch.eye(len(gram)).to(gram)).abs().max().item() for gram in grams)
 
 
 def _plain(args: argparse.Namespace) -> dict:

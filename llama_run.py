@@ -122,14 +122,11 @@ def parse():
         parser.error("--max-new-tokens is of no use without --sample or --mt-bench")
     if args.load_in_4bit and args.method == "ft":
         parser.error("--load-in-4bit freezes the weights that --method ft would train: pass another method")
-    if args.load_in_4bit and args.basis_lr:
-        parser.error("--load-in-4bit freezes the weights, so their bases are found in place: pass --basis-lr 0, or leave it out")
     if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
     if args.method == "lora" and args.rank is None and args.k is None:
         args.rank = LORA_RANK
     finetune.check_options(parser, args, min(K, args.rank**2) if args.method == "sparsegrad" and args.rank else K)
-    args.basis_lr = 0.0 if args.load_in_4bit else args.basis_lr
     args.max_length = args.max_length or MAX_LENGTH
     args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS
     args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")

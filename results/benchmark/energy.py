@@ -1,4 +1,4 @@
-"""What bases keep of gradients they have not seen: `python energy.py energy.json` prints the two
+"""What bases keep of gradients they have not seen: `python energy.py energy.json` prints the
 tables of the README beside it, and measures first if the file is not there (some minutes).
 
 MiniLM, 42 steps of 32 Rotten Tomatoes sentences, nothing but the MLP linears trains: bases from the
@@ -28,8 +28,8 @@ WAYS = {  # as `benchmark.py` names them, at 1 % of a linear where no k stands
     "both sides, rank 128": Method("sparsegrad:rank=128"),
     "both sides, rank 77, all entries": Method("sparsegrad:rank=77:k=all"),
 }
+# The stored file has these from sketches of the gradients too, an option that find_bases had once.
 SKETCHED = ("complete", "narrow side, rank 8, all entries", "both sides, rank 128")
-SKETCHES = (None, 128, 64, 32, 16)
 SHARES = {"role": "shared", "layer": "own"}
 ROLES = ("up", "down")
 
@@ -44,26 +44,24 @@ def kept(grad: torch.Tensor, complete: sparsegrad.Basis, way: Method) -> float:
 
 
 def measure() -> dict:
-    """Sketch -> share -> way -> [up, down]."""
+    """Sketch, of which there is None alone now -> share -> way -> [up, down]."""
     sys.path.insert(0, str(pathlib.Path(finetune.__file__).parent / "tutorials"))
     from common import batches, minilm, rotten_tomatoes
 
     model, tokenizer = minilm()
-    model.bert.requires_grad_(False)
     data = batches(tokenizer, rotten_tomatoes()["train"].select(range(ROWS * (STEPS + UNSEEN))), ROWS)
     unseen = {name: grads[STEPS:] for name, grads in sparsegrad.collect_gradients(model, data, n_steps=STEPS + UNSEEN).items()}
-    energies = {}
-    for sketch in SKETCHES:
-        for share in SHARES:
-            print(f"sketch {sketch}, {share}", flush=True)
-            bases = sparsegrad.find_bases(model, data, share=share, sketch=sketch, n_steps=STEPS)
-            for way in WAYS if sketch is None else SKETCHED:
-                of = {role: [] for role in ROLES}
-                for name, grads in unseen.items():
-                    role = "up" if grads.shape[1] > grads.shape[2] else "down"
-                    of[role] += [kept(grad, bases[name], WAYS[way]) for grad in grads]
-                energies.setdefault(str(sketch), {}).setdefault(share, {})[way] = [statistics.mean(of[role]) for role in ROLES]
-    return energies
+    energies = {share: {} for share in SHARES}
+    for share in SHARES:
+        print(share, flush=True)
+        bases = sparsegrad.find_bases(model, data, share=share, n_steps=STEPS)
+        for way in WAYS:
+            of = {role: [] for role in ROLES}
+            for name, grads in unseen.items():
+                role = "up" if grads.shape[1] > grads.shape[2] else "down"
+                of[role] += [kept(grad, bases[name], WAYS[way]) for grad in grads]
+            energies[share][way] = [statistics.mean(of[role]) for role in ROLES]
+    return {"None": energies}
 
 
 def tables(energies: dict) -> str:
@@ -77,7 +75,8 @@ def tables(energies: dict) -> str:
         ]
         for sketch, of in energies.items()
     }
-    return grid([""], heads, every_way) + "\n\n" + grid(["up, down"], sketched_heads, by_sketch)
+    table, of_sketches = grid([""], heads, every_way), grid(["up, down"], sketched_heads, by_sketch)
+    return table if len(energies) == 1 else f"{table}\n\n{of_sketches}"
 
 
 def main() -> None:

@@ -63,9 +63,11 @@ def with_refreshed_bases() -> None:
 
     def refresh(model, optimizer):
         layers = sparsegrad.sparsegrad_layers(model)
-        (k,) = {layer.k for layer in layers.values()}
+        k = {name: layer.k for name, layer in layers.items()}
+        support = "fixed" if any(layer.support is not None for layer in layers.values()) else "topk"
         sparsegrad.unpatch_model(model)
-        sparsegrad.patch_model(model, found(model, used["batches"], *used["args"], **used["options"]), k)
+        bases = found(model, used["batches"], *used["args"], **used["options"])
+        sparsegrad.patch_model(model, bases, k, support=support, cut="step")
         new = {layers[name].core: layer.core for name, layer in sparsegrad.sparsegrad_layers(model).items()}
         for group in optimizer.param_groups:
             group["params"] = [new.get(p, p) for p in group["params"]]
@@ -81,10 +83,7 @@ def with_core_rate(times: float) -> None:
 
     def make_optimizer(model, *options):
         optimizer = make(model, *options)
-        cores = {layer.core for layer in sparsegrad.sparsegrad_layers(model).values()}
-        for group in optimizer.param_groups:
-            if group["params"][0] in cores:  # they have groups of their own
-                group["lr"] *= times
+        optimizer.param_groups[0]["lr"] *= times  # the group of the cores
         return optimizer
 
     finetune._sparse_optimizer = make_optimizer

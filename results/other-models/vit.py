@@ -25,12 +25,6 @@ import finetune
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, DINOv2's
 
 
-class ImageTrainer(finetune.SparseGradTrainer):
-    def _get_train_sampler(self, *args):  # images are of one length
-        order = torch.Generator().manual_seed(self.args.seed)
-        return torch.utils.data.RandomSampler(self.train_dataset, generator=order)
-
-
 def parse():
     parser = script.make_parser(__doc__, "comma-separated, maybe .gz", batch_size=32, epochs=1.0)
     parser.add_argument("--image-size", type=finetune.number(int, 1), default=84, help="pixels a side, as the model sees them")
@@ -61,7 +55,7 @@ def main() -> None:
     folder = finetune.open_folder(args, f"vit-{args.method}-seed{args.seed}")
     used = {"model": args.model.name, "data": args.data.name, "train_rows": len(splits["train"])}
     run = finetune.train_and_report(
-        args=args, folder=folder, make_model=make_model, tokenizer=None, used=used, trainer_class=ImageTrainer,
+        args=args, folder=folder, make_model=make_model, tokenizer=None, used=used,
         training_options=dict(eval_strategy="epoch", save_strategy="no", lr_scheduler_type="linear",
                               per_device_eval_batch_size=64, remove_unused_columns=False),
         trainer_options=dict(
