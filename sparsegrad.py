@@ -364,7 +364,7 @@ class SparseGradLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         device, leading = x.device.type, x.shape[:-1]
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # once, not for each product
         x = x.reshape(-1, x.shape[-1])  # (T, in)
         C, U, V = self._factors(x.dtype)
@@ -385,7 +385,7 @@ class SparseGradLinear(nn.Module):
         """Whether W + V C Uᵀ takes fewer multiply-adds a step than rotating so many tokens. Never
         with truncated bases, where `x U` is less to keep than x, nor with a quantised W."""
         m, n = self.out_features, self.in_features
-        u, v = self.basis.U is not None, self.basis.V is not None
+        u, v = int(self.basis.U is not None), int(self.basis.V is not None)
         rotate = 2 * tokens * (u * n**2 + v * m**2) + 3 * tokens * m * n
         write = 2 * m * n * (u * n + v * m) + tokens * m * n
         return self.base is None and self.basis.core_shape(m, n) == (m, n) and write < rotate
