@@ -1,4 +1,4 @@
-"""Steps per second and peak memory of every method, side by side in one process.
+"""Steps per second, launches and peak memory of every method, side by side in one process.
 
     python benchmark.py --arch bert-base --batch 32 --seq 128 --json bert-base.json
     python benchmark.py --table bert-base.json ...        the README's tables, from such files
@@ -9,7 +9,9 @@
 The architectures are the real ones, from their configs, with random weights and random
 tokens: nothing is downloaded. The methods share one set of frozen weights and take their
 steps in turn, so that a machine that slows down does so for all of them; times are medians
-with their quartiles. Memory is what tensors take, counted, not the process's.
+with their quartiles. Memory is what tensors take, counted, not the process's. Launches are the
+operators of a step that would each start a kernel on a GPU: views and the like do not count. On
+a CPU, dropout and attention are made of more of them, for every method alike.
 
 A method is a name and its options, as in `sparsegrad:narrow:rank=32`:
 
@@ -19,8 +21,12 @@ A method is a name and its options, as in `sparsegrad:narrow:rank=32`:
     shira       PEFT's SHiRA: a random set of as many entries, fixed
     meprop      top-k entries of the gradient in the original space
     sparsegrad  complete bases shared by a role, as in the paper; `rank=R`: their leading R columns;
-                `narrow`: the shorter side of a weight alone; `k=K`, `k=all`: other than --k
+                `narrow`: the shorter side of a weight alone; `k=K`, `k=all`: other than --k;
+                `fixed`: the entries to train chosen beforehand, by the spectra of the bases
     literal     the paper's Table 2 as written: all activations rotated, whatever the sizes
+
+`meprop` and `sparsegrad` cut gradients in the optimizer's step; with `cut=backward` as the paper
+does, in the backward.
 """
 
 import argparse
@@ -37,6 +43,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetune
 import sparsegrad
@@ -45,10 +52,10 @@ from sparsegrad import Basis
 NAMES = ("frozen", "ft", "lora", "shira", "meprop", "sparsegrad", "literal")
 FAST, CUT = "sparsegrad:narrow:rank=8:k=all", "sparsegrad:narrow:rank=32"  # about as many trained as LoRA, as many updated a step
 METHODS = ["frozen", "ft", "lora", "shira", "meprop", FAST, CUT]
-METHODS += ["sparsegrad:rank=128", "sparsegrad:narrow", "sparsegrad", "literal"]
+METHODS += ["sparsegrad:rank=128", "sparsegrad:rank=256:fixed"]
+METHODS += ["sparsegrad:narrow", "sparsegrad", "literal"]
 SEARCHES = {
     "complete, exact": {},
-    "complete, sketch=64": {"sketch": 64},
     "narrow, exact": {"sides": "narrow"},
     "each layer's own, rank=128": {"share": "layer", "rank": 128},
 }
@@ -120,7 +127,7 @@ class Method:
 
     def __init__(self, text: str):
         self.text, (self.name, *options) = text, text.split(":")
-        self.rank, self.narrow, self.k = None, False, None
+        self.rank, self.narrow, self.k, self.support, self.cut = None, False, None, "topk", "step"
         if self.name not in NAMES:
             raise argparse.ArgumentTypeError(f"{self.name!r} is none of {', '.join(NAMES)}")
         for option in options:
@@ -129,19 +136,24 @@ class Method:
                 self.rank = finetune.number(int, 1)(value)
             elif key == "k" and self.name in ("meprop", "sparsegrad"):
                 self.k = 1.0 if value == "all" else finetune.share_or_count(value)
+            elif option in ("cut=step", "cut=backward") and self.name in ("meprop", "sparsegrad"):
+                self.cut = value
             elif option == "narrow" and self.name == "sparsegrad":
                 self.narrow = True
+            elif option == "fixed" and self.name == "sparsegrad":
+                self.support = "fixed"
             else:
                 raise argparse.ArgumentTypeError(f"{self.name} has no option {option!r}")
+        if self.narrow and self.support == "fixed":  # complete bases tell nothing of rows unrotated
+            raise argparse.ArgumentTypeError(f"{text}: fixed needs the spectra of both sides")
 
     def basis(self, complete: Basis) -> Basis:
         """What it uses of complete bases."""
-        U, V = complete.U, complete.V
-        wide_in = len(U) > len(V)
-        return Basis(
-            None if self.narrow and wide_in else U[:, : self.rank],
-            None if self.narrow and not wide_in else V[:, : self.rank],
-        )
+        U, V = complete.U[:, : self.rank], complete.V[:, : self.rank]
+        if self.narrow:
+            return Basis(U) if len(U) <= len(V) else Basis(V=V)
+        energies = complete.column_energy, complete.row_energy
+        return Basis(U, V, *(None if e is None else e[: self.rank] for e in energies))
 
     def core(self, out: int, in_: int) -> int:
         """Entries of the core it puts on a weight (out, in)."""
@@ -211,7 +223,8 @@ def build(base: nn.Module, names: list[str], method: Method, bases: dict[str, Ba
     elif method.name in ("meprop", "sparsegrad"):
         cuts = {id(b): method.basis(b) for b in bases.values()} if method.name == "sparsegrad" else {}
         used = {name: cuts[id(b)] for name, b in bases.items()} if cuts else None
-        sparsegrad.patch_model(model, used, method.k or args.k, None if used else names)
+        ways = {"support": method.support, "cut": method.cut}
+        sparsegrad.patch_model(model, used, method.k or args.k, None if used else names, **ways)
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.data = p.data.float()  # PEFT's come in the dtype of the weight
@@ -248,13 +261,10 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def held(model: nn.Module, optimizer=None) -> dict[int, int]:
-    """Storages of what is there between two steps. Also what a SparseGrad layer keeps."""
+    """Storages of what is there between two steps."""
     states = optimizer.state.values() if optimizer else ()
-    kept = [layer._kept[1] for layer in sparsegrad.sparsegrad_layers(model).values() if layer._kept[1] is not None]
-    told = [getattr(p, "last_step", None) for p in model.parameters()]
-    changes = [t for step in told if step for t in (*step[2], step[3])]
     state = [t for s in states for t in s.values() if isinstance(t, Tensor)]
-    return storages([*model.parameters(), *model.buffers(), *kept, *changes, *state])
+    return storages([*model.parameters(), *model.buffers(), *state])
 
 
 def peak_of(call: Callable[[], None], device: str) -> int:
@@ -268,6 +278,23 @@ def peak_of(call: Callable[[], None], device: str) -> int:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators called under it that launch a kernel where tensors are on a GPU. Not
+    those that return views or no tensors, nor those that allocate or wrap."""
+
+    QUIET = ("_unsafe_view", "set_", "resize_", "_sparse_coo_tensor_with_dims_and_tensors")
+    QUIET += ("_record_function_exit",)
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, returns = func.overloadpacket.__name__, func._schema.returns
+        new = [r for r in returns if "Tensor" in str(r.type)]
+        new = [r for r in new if r.alias_info is None or r.alias_info.is_write]
+        quiet = "empty" in name or name in self.QUIET or (returns and not new)
+        self.count += not quiet
+        return func(*args, **(kwargs or {}))
 
 
 class Run:
@@ -310,10 +337,13 @@ class Run:
         uncounted = sum(m.core.numel() - m.k for m in self.model.modules() if isinstance(m, LiteralLinear))
         quartiles = statistics.quantiles(self.seconds, n=4, method="inclusive") if len(self.seconds) > 1 else self.seconds * 3
         before = sum(held(self.model, self.optimizer).values())
+        with Launches() as launches:
+            self.step(batch)
         return {
             "seconds": quartiles[1],
             "quartiles": quartiles[::2],
             "steps": len(self.seconds),
+            "launches": launches.count,
             "trainable": summary.core + summary.dense,
             "touched": summary.touched + summary.dense - uncounted,
             "peak_bytes": before + peak_of(lambda: self.step(batch), self.args.device),
@@ -328,14 +358,22 @@ def search(base: nn.Module, names: list[str], batches: Iterator, args: argparse.
     steps = list(itertools.islice(batches, args.basis_steps))
     moments = []
 
-    def find(steps, **options):
-        moments[:] = [time.perf_counter()]
-        bases = sparsegrad.find_bases(
-            base, steps, names, n_steps=len(steps), lr=args.basis_lr, loss_fn=lambda m, b: forward(m, b, args),
-            callback=lambda step, loss: (synchronize(args.device), moments.append(time.perf_counter())), **options,
-        )  # fmt: skip
+    def moment():
         synchronize(args.device)
         moments.append(time.perf_counter())
+
+    def watched(steps):
+        moment()
+        yield from steps
+        moment()  # when asked for one more: all gradients are collected
+
+    def find(steps, **options):
+        moments.clear()
+        bases = sparsegrad.find_bases(
+            base, watched(steps), names, n_steps=len(steps) + 1, lr=args.basis_lr,
+            loss_fn=lambda m, b: forward(m, b, args), **options,
+        )  # fmt: skip
+        moment()
         return bases
 
     before, costs, found = sum(held(base).values()), {}, []
@@ -346,7 +384,8 @@ def search(base: nn.Module, names: list[str], batches: Iterator, args: argparse.
         if len(steps) > 2:  # fewer were timed under the memory profiler
             found[-1] = find(steps, **options)
         del found[1:]  # the first way's are used
-        seconds = {"collecting": moments[-2] - moments[0], "decomposing": moments[-1] - moments[-2]}
+        start, collected, end = moments
+        seconds = {"collecting": collected - start, "decomposing": end - collected}
         costs[label] = {**seconds, "peak_bytes": peak}
     training = Run(Method("ft"), base, names, found[0], argparse.Namespace(**vars(args) | {"rest": False}))
     for batch in steps[:1] + steps:
@@ -412,17 +451,22 @@ def table(run: dict) -> str:
     peers = {name.split(":")[0]: name for name in reversed(methods)}
     if options["rest"]:
         peers.pop("frozen", None)  # it has no gradients before the first MLP, and is no floor
+    counted = any("launches" in m for m in methods.values())  # files of before have none
+    launches = ["launches", "launches, LoRA = 1"] * counted
+    heads = ["method", "steps/s (quartiles)", "LoRA = 1", "full = 1", "time, frozen = 1", *launches]
+    heads += ["peak MiB", "saved MiB", "optimizer MiB", "trainable", "updated a step"]
     lines = [
         setting(run) + f", {run['machine']['gpu'] or run['machine']['cpu']}, {run['machine']['threads']} threads",
         "",
-        "| method | steps/s (quartiles) | LoRA = 1 | full = 1 | time, frozen = 1 | peak MiB | saved MiB | optimizer MiB "
-        "| trainable | updated a step |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
     ]
     for name, m in methods.items():
         rate, high, low = (f"{1 / s:.3g}" for s in (m["seconds"], *m["quartiles"]))
         ratios = [ratio(run, peers.get("lora"), name), ratio(run, peers.get("ft"), name), ratio(run, name, peers.get("frozen"))]
         mib = [f"{m[key] / 2**20:,.0f}" for key in ("peak_bytes", "saved_bytes", "optimizer_bytes")]
+        if counted:
+            ratios += [f"{m['launches']:,}", ratio(run, name, peers.get("lora"), "launches")]
         cells = [f"{rate} ({low} to {high})", *ratios, *mib, f"{m['trainable']:,}", f"{m['touched']:,}"]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     cost = run["search"]
@@ -542,7 +586,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=finetune.number(int, 1), help="steps before them, default 3")
     add("--basis-steps", type=finetune.number(int, 1), help="steps that the bases are made from, default 30")
     add("--basis-lr", type=finetune.number(float, 0.0), help="their learning rate, default 5e-5")
-    add("--searches", action="store_true", default=None, help="also find bases by a sketch, for one side, and for each layer")
+    add("--searches", action="store_true", default=None, help="also find bases for one side, and for each layer")
     add(
         "--return-memory",
         action="store_true",
