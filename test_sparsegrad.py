@@ -579,6 +579,12 @@ def test_topk_of_ties_zeros_and_nan():
     assert sg.topk_coo(ties, 40).values().isnan().sum() == 1
 
 
+def test_the_cross_follows_the_products_of_the_energies():
+    rows, columns = torch.tensor([10.0, 4.0]), torch.tensor([3.0, 0.5])  # 30, 5, 12, 2
+    assert sg.hyperbolic_cross(rows, columns, 2).tolist() == [0, 2]
+    assert sg.hyperbolic_cross(rows, columns, 3).tolist() == [0, 1, 2]
+
+
 def test_nothing_of_ours_warns():
     """In a process of its own, since torch gives most warnings once."""
     code = """
