@@ -102,7 +102,7 @@ def mlp_linears(model: nn.Module, target_modules: Targets = None) -> dict[str, n
     if not isinstance(pattern, str):
         pattern = "|".join(rf"(.*\.)?{re.escape(ending)}" for ending in pattern)
     found = {name: m for name, m in linears.items() if re.fullmatch(pattern, name)}
-    block = {name: re.match(r"\D*\d*", name)[0] for name in linears}  # "model.layers.0"
+    block = {name: re.match(r"((.*?\.)?\d+(?=\.))?", name)[0] for name in linears}  # "layers.0"
     shapes = {(block[name], *weight_shape(m)) for name, m in found.items()}
     stacks = {_role(block[name]) for name in found}
     blocks = {b for b in block.values() if _role(b) in stacks}  # of a whole MLP each: out, and back
@@ -143,9 +143,8 @@ def _model_loss(model: nn.Module, batch) -> Tensor:
 
 def _gradients(model: nn.Module, batches: Iterable, names: list[str], n_steps: int = 30,
                lr: float = 5e-5, loss_fn: Callable[[nn.Module, object], Tensor] = _model_loss):
-    """Train the linears `names` alone, and yield each step's gradients, {name: (out, in)}. A twin
-    of the model takes the steps. It shares with it all that does not change, and its linears are
-    SparseGrad layers without bases or a cut: the gradient of such a core is G."""
+    """Train the linears `names` alone, and yield each step's gradients, {name: (out, in)}: a twin
+    that shares all parameters does, by SparseGrad layers with no bases or cut, whose dL/dC is G."""
     if torch.is_inference_mode_enabled():
         raise ValueError("there are no gradients in inference_mode: collect them outside of it")
     model, reached, steps = _unwrap(model), set(), 0
@@ -177,7 +176,7 @@ def _gradients(model: nn.Module, batches: Iterable, names: list[str], n_steps: i
 
 def _with_gradient(module: nn.Module, args: tuple, y):  # as re-entrant checkpoints need inputs
     if isinstance(y, Tensor) and y.is_floating_point() and torch.is_grad_enabled():
-        return y if y.requires_grad else y.requires_grad_().clone()
+        return y if y.requires_grad else y.detach().requires_grad_().clone()
 
 def collect_gradients(model: nn.Module, batches: Iterable, target_modules: Targets = None,
                       **options) -> dict[str, Tensor]:
@@ -291,7 +290,7 @@ class _NoValues(Tensor):
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # torch's fused paths look
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # fused paths decline
         return super().__torch_function__(func, types, args, kwargs)
 
     @classmethod
@@ -402,9 +401,8 @@ class SparseGradLinear(nn.Module):
             C = torch.zeros(math.prod(shape), dtype=dtype, device=core.device)
             return C.index_copy_(0, self.support, core.to(dtype)).view(shape), U, V
         if trains and self.k and isinstance(core, nn.Parameter) and not hasattr(core, "cut_to"):
-            raise RuntimeError("nothing cuts the gradient of a core that fully_shard made: patch "
-                               "with support='fixed', or k=None")
-        if trains and self.k and self.cut == "backward":
+            raise RuntimeError("fully_shard's core is not cut: use support='fixed', or k=None")
+        if (trains or self.training) and self.k and self.cut == "backward":
             core = self._cut_in_backward(core)
         return core.to(dtype), U, V
 
@@ -508,7 +506,7 @@ def patch_model(model: nn.Module, bases: Mapping[str, Basis] | None,
     k: entries to train of each layer: a count (int), a share of `out * in` (float; the paper keeps
         1 %, §5.1), or a dict of them by name. None: all of the core, by a dense gradient.
     support: "topk", the paper's: the k entries whose gradient is largest in a step. "fixed": the
-        `hyperbolic_cross` of the bases' spectra, now. The core is a vector of k numbers then.
+        `hyperbolic_cross` of the bases' spectra, chosen once: a vector of k numbers trains.
     cut: for "topk". "backward", the paper's: gradients are COO after backward(). "step": they stay
         dense until SparseGradAdamW cuts them. Training is the same, the top k are those of all
         micro-batches, and DDP, torch.compile, clip_grad_norm_ and the Trainer take it.
@@ -535,7 +533,7 @@ def patch_model(model: nn.Module, bases: Mapping[str, Basis] | None,
         linear, basis = modules[name], bases[name]
         place = id(basis), linear.weight.device, linear.weight.dtype
         borrows = place in copies  # all layers of a basis that are on one device share a copy
-        basis = copies.setdefault(place, copy.deepcopy(basis))
+        basis = copies[place] = copies[place] if borrows else copy.deepcopy(basis)
         layer = SparseGradLinear.from_linear(linear, basis, count, support=support, cut=cut)
         if borrows:  # a state_dict holds it once: safetensors takes no tensors that share memory
             layer.__dict__["basis"] = layer._modules.pop("basis")
@@ -547,8 +545,8 @@ def unpatch_model(model: nn.Module) -> None:
     place: the outputs stay. Raises ValueError if there is none."""
     if not (layers := sparsegrad_layers(model)):
         raise ValueError("the model has no SparseGrad layers")
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.to_linear())
+    for name, linear in [(name, layer.to_linear()) for name, layer in layers.items()]:
+        model.set_submodule(name, linear)
 
 # -------------------------------------------------------------------------- the optimizer
 def lazy_adam(g: Tensor, m: Tensor, v: Tensor, step: int, lr, betas, eps, adaptivity=1.0) -> Tensor:
@@ -581,10 +579,10 @@ class SparseGradAdamW(torch.optim.AdamW):
         dense, alike = [], collections.defaultdict(list)
         for p in group["params"]:
             keep, sparse = getattr(p, "cut_to", None), False
-            if p.grad is not None and p.grad.is_sparse and not p.grad.dense_dim():
-                p.grad, sparse = p.grad.coalesce(), True  # by rows, AdamW sees it, and refuses
+            if p.grad is not None and p.grad.is_sparse and p.grad.sparse_dim() == p.dim() == 2:
+                p.grad, sparse = p.grad.coalesce(), True  # others go to AdamW: it refuses
             if p.grad is None or not (sparse or keep or group.get("adaptivity", 1.0) < 1):
-                if group["fused"] and p in self.state:  # after lazy Adam, it is on the host
+                if group["fused"] and "step" in self.state.get(p, ()):  # lazy Adam's is on the host
                     self.state[p]["step"] = self.state[p]["step"].to(p.device)
                 dense.append(p)
                 continue
@@ -595,7 +593,7 @@ class SparseGradAdamW(torch.optim.AdamW):
             state["step"] = torch.tensor(float(step))
             alike[p.shape, p.dtype, p.device, sparse, keep, step].append(p)
         for (shape, *_, keep, step), cores in alike.items():
-            n = max(1, 2**26 // math.prod(shape))  # at once: 256 MiB of them, in fp32
+            n = max(1, 2**26 // max(1, math.prod(shape)))  # at once: 256 MiB of them, in fp32
             for i in range(0, len(cores), n):
                 self._lazy_step(cores[i : i + n], keep, step, group)
         return super()._init_group({**group, "params": dense}, *lists)
@@ -640,10 +638,11 @@ def sparsegrad_state_dict(model: nn.Module) -> dict[str, Tensor]:
     number of the basis, k (0: dense), place in KINDS; `sparsegrad.basis.NUMBER.` each of BASIS;
     other trainable parameters, persistent buffers. FSDP2's are gathered: all processes call it."""
     model, numbered = _unwrap(model), {}
+    persistent = model.state_dict()
     if not (layers := sparsegrad_layers(model)):
         raise ValueError("the model has no SparseGrad layers")
     state = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state |= {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+    state |= {name: b for name, b in model.named_buffers() if name in persistent}
     parts = ("core", "support", "residual", "basis.", "base.")
     ours = tuple(f"{name}.{part}" for name in layers for part in parts)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(ours)}
@@ -672,7 +671,7 @@ def load_sparsegrad_state_dict(model: nn.Module, state: Mapping[str, Tensor]) ->
     modules, tensors = dict(model.named_modules()), model.state_dict(keep_vars=True)
     bases, counts, cores, numbered = {}, {}, {}, {}
     for name, meta in metas.items():
-        *shape, r_out, r_in, number, k, kind = (*meta.tolist(), 0)[:7]  # 6 in the first edition
+        *shape, r_out, r_in, number, k = meta.tolist()[:6]
         here = weight_shape(modules[name]) if _is_linear(modules.get(name)) else "none, or patched"
         if here != tuple(shape):
             raise ValueError(f"{name} is {tuple(shape)} in the file, but {here} in the model")
@@ -680,7 +679,7 @@ def load_sparsegrad_state_dict(model: nn.Module, state: Mapping[str, Tensor]) ->
         basis = bases[name] = numbered.setdefault(number, Basis(*found))
         index, values = (state.get(f"{name}.core.{part}", meta) for part in ("indices", "values"))
         fits = basis.core_shape(0, 0) == (r_out, r_in) and index.shape == values.shape
-        if not fits or (index >= math.prod(basis.core_shape(*shape))).any():
+        if not fits or index is meta or (index >= math.prod(basis.core_shape(*shape))).any():
             raise ValueError(f"{name}.core is damaged: basis, indices and values do not fit")
         counts[name], cores[name] = k or None, (index, values)
     ours = ("sparsegrad.basis.", *(f"{name}.core." for name in metas))
@@ -689,7 +688,8 @@ def load_sparsegrad_state_dict(model: nn.Module, state: Mapping[str, Tensor]) ->
         here = tuple(tensors[name].shape) if name in tensors else "missing"
         if here != tuple(value.shape):
             raise ValueError(f"{name} is {tuple(value.shape)} in the file, but {here} here")
-    patch_model(model, bases, counts, **dict(zip(("support", "cut"), KINDS[kind])))
+    kind = max((*meta.tolist(), 0)[6] for meta in metas.values())  # whole cores have "topk"
+    patch_model(model, bases, counts, support=KINDS[kind][0], cut=KINDS[kind][1])
     for name, layer in sparsegrad_layers(model).items():
         index, values = (tensor.to(layer.core.device) for tensor in cores[name])
         if layer.support is not None:

@@ -424,6 +424,21 @@ def test_reentrant_checkpoints_train_the_twin_too():
         close(stack, stacks[1][name])
 
 
+def test_a_module_that_returns_its_own_parameter_is_not_touched():
+    class Position(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(3, 6), requires_grad=False)
+            self.register_buffer("scale", torch.ones(6))
+
+        def forward(self):
+            return self.scale
+
+    model = nn.ModuleDict({"position": Position(), "0": nn.Linear(6, 6)})
+    sg.find_bases(model, [torch.randn(3, 6)], ["0"], loss_fn=lambda m, x: m["0"](x + m["position"]()).square().sum())
+    assert not model["position"].scale.requires_grad
+
+
 def test_layers_of_one_role_on_two_devices(monkeypatch):
     """The meta device stands for a second one."""
     model = tiny_bert()
@@ -1661,6 +1676,18 @@ def test_everything_trained_is_in_the_state():
     model.running += 1
     sg.load_sparsegrad_state_dict(fresh, sg.sparsegrad_state_dict(model))
     assert all(torch.equal(t, fresh.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+def test_a_file_may_hold_whole_cores_beside_fixed_ones():
+    model, fresh = tiny_bert().eval(), tiny_bert()
+    fresh.load_state_dict(model.state_dict())
+    bases = sg.find_bases(model, tiny_batches(2), rank=8)
+    sg.patch_model(model, bases, dict(zip(bases, (5, 6, 7, 64))), support="fixed")
+    train(model, SparseGradAdamW(model.parameters(), lr=1e-2), tiny_batches(2))
+    sg.load_sparsegrad_state_dict(fresh, sg.sparsegrad_state_dict(model))
+    batch = tiny_batches(1)[0]
+    assert torch.equal(fresh.eval()(**batch).logits, model(**batch).logits)
+    assert [layer.k for layer in sg.sparsegrad_layers(fresh).values()] == [5, 6, 7, None]
 
 
 def test_files_of_the_first_edition_load():
