@@ -400,7 +400,8 @@ class SparseGradLinear(nn.Module):
             shape = self.basis.core_shape(self.out_features, self.in_features)
             C = torch.zeros(math.prod(shape), dtype=dtype, device=core.device)
             return C.index_copy_(0, self.support, core.to(dtype)).view(shape), U, V
-        if trains and self.k and isinstance(core, nn.Parameter) and not hasattr(core, "cut_to"):
+        alien = isinstance(core, nn.Parameter) or "core" not in self._parameters  # FSDP2's, FSDP1's
+        if trains and self.k and alien and not hasattr(core, "cut_to"):
             raise RuntimeError("fully_shard's core is not cut: use support='fixed', or k=None")
         if (trains or self.training) and self.k and self.cut == "backward":
             core = self._cut_in_backward(core)
@@ -541,8 +542,7 @@ def patch_model(model: nn.Module, bases: Mapping[str, Basis] | None,
     return summary(model)
 
 def unpatch_model(model: nn.Module) -> None:
-    """Turn every SparseGradLinear back into the plain layer it was, with what it learned, in
-    place: the outputs stay. Raises ValueError if there is none."""
+    """Turn SparseGradLinears back into plain layers, in place; ValueError if there are none."""
     if not (layers := sparsegrad_layers(model)):
         raise ValueError("the model has no SparseGrad layers")
     for name, linear in [(name, layer.to_linear()) for name, layer in layers.items()]:
