@@ -192,7 +192,6 @@ def find_bases(model: nn.Module, batches: Iterable, target_modules: Targets = No
                share: str = "role", sides: str = "both", rank: int | None = None,
                **options) -> dict[str, Basis]:
     """Name of layer -> Basis: the HOSVD of §3.1, streamed.
-
     The left singular vectors of an unfolding are the eigenvectors of its Gram matrix, a sum
     over the gradients: `Σ G Gᵀ` (out, out) gives V, `Σ Gᵀ G` (in, in) gives U. A twin of the
     model trains its MLP linears alone by AdamW, in train mode; the model is not touched.
@@ -218,7 +217,7 @@ def find_bases(model: nn.Module, batches: Iterable, target_modules: Targets = No
                 rotated = (True, True) if sides == "both" else (in_ <= out, out < in_)
                 grams = [G.new_zeros((d, d) if on else d) for d, on in zip((in_, out), rotated)]
                 sums[groups[name]] = G.new_zeros(()), *grams
-            _add_grams(*sums[groups[name]], G.to(sums[groups[name]][0].device))
+            _add_grams(*sums[groups[name]], G)
     bases = {}
     for name, group in groups.items():
         if group not in bases:
@@ -229,6 +228,7 @@ def find_bases(model: nn.Module, batches: Iterable, target_modules: Targets = No
 def _add_grams(scale: Tensor, gram_in: Tensor, gram_out: Tensor, G: Tensor) -> None:
     """Add `Gᵀ G` and `G Gᵀ` of G (out, in), or the diagonals, in units of scale², which grows:
     the squares of tiny or huge gradients would leave fp32."""
+    G = G.to(scale.device)  # layers of a role may lie on several
     largest = torch.maximum(scale, G.abs().amax()).clamp(min=torch.finfo(G.dtype).tiny)
     for gram, rows in ((gram_in, G.T / largest), (gram_out, G / largest)):
         gram.mul_((scale / largest) ** 2)
@@ -350,8 +350,8 @@ class SparseGradLinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """`W + V C Uᵀ` (out, in), summed in fp32 or better, in the dtype of W; fp32 if packed."""
-        eye = torch.eye(self.in_features, device=self.core.device)  # asks any packing for its W
-        W = self.base(eye).T.float() if self.base else _whole(self.residual)
+        W = _whole(self.residual) if self.base is None else self.base(  # whatever its packing
+            torch.eye(self.in_features, device=self.core.device)).T.float()
         dtype = torch.promote_types(W.dtype, torch.float32)
         return _add_core(W.to(dtype), *self._factors(dtype)).to(W.dtype)
 
@@ -367,17 +367,18 @@ class SparseGradLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))  # once, not for each product
         x = x.reshape(-1, x.shape[-1])  # (T, in)
         C, U, V = self._factors(x.dtype)
-        out = self._writes_out(len(x))
+        written = self._writes_out(len(x))
         if self.base is None:
             W = self.residual.detach()
-            y = F.linear(x, _add_core(W, C, U, V) if out else W, self.bias)  # (T, in) @ (in, out)
+            W = _add_core(W, C, U, V) if written else W
+            y = F.linear(x, W, self.bias)  # (T, in) @ (in, out)
         else:
             y = self.base(x).to(x.dtype)
             y = y if self.bias is None else y + self.bias.to(x.dtype)
-        if not out:
+        if not written:
             x = x if U is None else x @ U  # (T, in) @ (in, r_in)
-            x, V = (x, C) if V is None else (F.linear(x, C), V)  # (T, r_in) @ (r_in, r_out)
-            y.addmm_(x, V.T)  # (T, r_out) @ (r_out, out)
+            x = x if V is None else F.linear(x, C)  # (T, r_in) @ (r_in, r_out)
+            y.addmm_(x, C.T if V is None else V.T)  # (T, r_out) @ (r_out, out)
         return y.reshape(*leading, self.out_features)
 
     def _writes_out(self, tokens: int) -> bool:
@@ -511,7 +512,6 @@ def patch_model(model: nn.Module, bases: Mapping[str, Basis] | None,
     cut: for "topk". "backward", the paper's: gradients are COO after backward(). "step": they stay
         dense until SparseGradAdamW cuts them. Training is the same, the top k are those of all
         micro-batches, and DDP, torch.compile, clip_grad_norm_ and the Trainer take it.
-
     Other parameters stay as trainable as they were. Raises ValueError if the model is patched or
     wrapped, or a layer, a basis or k does not fit; it is untouched then."""
     if any(_unwrap(m) is not m for m in model.modules()):
@@ -565,7 +565,6 @@ class SparseGradAdamW(torch.optim.AdamW):
     their moments with them; no weight decay; one step count for all entries; dense moments. Cores
     with cut="step" are first cut to the k largest entries of their gradients. AdamW's options
     hold for dense gradients, `fused` by default; lr, betas, eps and maximize for lazy Adam too.
-
     A parameter group may have `adaptivity` < 1 (Adam): all of it takes lazy Adam then, and divides
     by the root of v^adaptivity · s^(1 − adaptivity), s the mean of the v that move in a core."""
     def __init__(self, params, lr=1e-3, *args, **options):
@@ -593,7 +592,7 @@ class SparseGradAdamW(torch.optim.AdamW):
             state["step"] = torch.tensor(float(step))
             alike[p.shape, p.dtype, p.device, sparse, keep, step].append(p)
         for (shape, *_, keep, step), cores in alike.items():
-            n = max(1, 2**26 // max(1, math.prod(shape)))  # at once: 256 MiB of them, in fp32
+            n = max(1, 2**26 // math.prod(shape))  # at once: 256 MiB of them, in fp32
             for i in range(0, len(cores), n):
                 self._lazy_step(cores[i : i + n], keep, step, group)
         return super()._init_group({**group, "params": dense}, *lists)
@@ -621,9 +620,10 @@ class SparseGradAdamW(torch.optim.AdamW):
 
 @register_optimizer_step_pre_hook
 def _refuse_other_optimizers(optimizer, args, kwargs) -> None:
+    if isinstance(optimizer, SparseGradAdamW):
+        return
     params = (p for group in optimizer.param_groups for p in group["params"])
-    uncut = any(getattr(p, "cut_to", None) and p.grad is not None for p in params)
-    if uncut and not isinstance(optimizer, SparseGradAdamW):
+    if any(getattr(p, "cut_to", None) and p.grad is not None for p in params):
         raise RuntimeError("cut='step' needs SparseGradAdamW, another optimizer would train all of "
                            "a core: or patch with cut='backward', support='fixed' or k=None")
 
