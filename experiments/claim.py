@@ -1,0 +1,358 @@
+"""The claim, measured: SparseGrad beside full fine-tuning, LoRA and MeProp, by one protocol.
+
+    python -m experiments.claim run --glue DIR --tasks sst2                      every run that is not stored yet
+    python -m experiments.claim run --glue DIR --oasst FILE --tasks mrpc --bf16  the same in mixed precision
+    python -m experiments.claim table                                            the tables, from the stored runs
+    python -m experiments.claim figure FILE                                      the figure, from the stored runs
+
+A cell is a task, a setting and a method. In the setting `paper` all but the MLP linears trains
+densely; in `freeze` only the method and the head train. Each cell first looks for its learning
+rate: the one with the lowest loss on a held-out part of the training set, seed 0. The rates go
+from 1e-5 to 1e-1 in steps of about three. The search begins with four of them, and tries more
+until the best has a neighbour on both sides or is the first or last of all. Then SEEDS train at
+that rate, and are measured on the dev set.
+
+A run is `glue_run.py` or `llama_run.py` without a hub, so with MiniLM or SmolLM2, or `vit.py` or
+`gpt2.py`. Its results are a line of results/claim.jsonl.
+"""
+
+import concurrent.futures
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from typing import NamedTuple
+
+import finetune
+
+FILE = pathlib.Path(__file__).parent / "results" / "claim.jsonl"
+DIVERGED = 3  # the exit code of such a run
+
+
+class Task(NamedTuple):
+    command: str  # what python is given; {glue} stands for what --glue gives
+    held_out: int  # training rows, trees or people to choose the learning rate on
+    metric: str
+    narrow_rank: int  # at which a core on the narrow side has 1 % of a linear's entries
+    settings: tuple[str, ...] = ("freeze",)
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.metric == "eval_loss"
+
+
+TASKS = {
+    "sst2": Task("glue_run.py --task sst2 --data {glue} --max-train-samples 8000 --epochs 1 --schedule linear",
+                 1000, "eval_accuracy", 4, ("paper", "freeze")),
+    "mrpc": Task("glue_run.py --task mrpc --data {glue} --epochs 3 --schedule linear",
+                 400, "eval_f1", 4, ("paper", "freeze")),
+    "stsb": Task("glue_run.py --task stsb --data {glue} --epochs 3 --schedule linear",
+                 600, "eval_pearson", 4, ("paper", "freeze")),
+    "oasst": Task("llama_run.py --data {oasst} --top-ranked", 30, "eval_loss", 6),
+    "chat": Task("llama_run.py --max-length 256", 30, "eval_loss", 6),
+    "t5": Task("glue_run.py --task sst2 --model {t5} --data {glue} --max-train-samples 4000 --epochs 1 --schedule linear",
+               1000, "eval_accuracy", 5),
+    "vit": Task("-m experiments.vit --model {vit} --data {images}", 800, "eval_accuracy", 4),
+    "gpt2": Task("-m experiments.gpt2 --model {gpt2} --data {counts}", 20, "eval_loss", 3),
+}  # fmt: skip
+OTHER_MODELS = ("t5", "vit", "gpt2")  # beyond the paper's
+COLUMNS = [(task, setting) for task in TASKS for setting in TASKS[task].settings]
+COMPARED = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
+    "ft": "--method ft",
+    "lora": "--method lora --k 0.01",
+    "meprop": "--method meprop --k 0.01",
+    "sparsegrad": "--method sparsegrad --k 0.01",
+    "own": "--method sparsegrad --k 0.01 --share layer",
+    "own, rank 128": "--method sparsegrad --k 0.01 --share layer --rank 128",
+    "narrow, all entries": "--method sparsegrad --k 1.0 --sides narrow --rank {}",
+}
+OWN = COMPARED["own, rank 128"]
+ABLATIONS = {  # of one of ABLATED, a thing or two changed in each; what follows an @ is a change of variants.py
+    "own, rank 128, random": f"{OWN} @random",
+    "own, rank 128, mixed": f"{OWN} @mixed",
+    "own, random": f"{COMPARED['own']} @random",
+    "own, rank 128, refreshed": f"{OWN} @refreshed",
+    "own, one moment": f"{COMPARED['own']} --adaptivity 0",
+    "own, rank 128, one moment": f"{OWN} --adaptivity 0",
+    "own, rank 128, half moment": f"{OWN} --adaptivity 0.5",
+    "own, rank 128, core rate 0.3": f"{OWN} @core-rate=0.3",
+    "own, rank 128, core rate 3": f"{OWN} @core-rate=3",
+    "own, rank 128, 5 steps": f"{OWN} --basis-steps 5",
+    "own, rank 128, one pass": f"{OWN} --basis-steps 120",
+    "own, rank 128, k 0.1 %": "--method sparsegrad --k 0.001 --share layer --rank 128",
+    "own, rank 77, all entries": "--method sparsegrad --k 1.0 --share layer --rank 77",
+    "own, narrow": f"{COMPARED['own']} --sides narrow",
+    "shared, transposed": f"{COMPARED['sparsegrad']} @transposed",
+    "shared, k 0.1 %": "--method sparsegrad --k 0.001",
+    "shared, k 10 %": "--method sparsegrad --k 0.1",
+    "shared, k 100 %": "--method sparsegrad --k 1.0",
+}
+STUDIED = COMPARED | ABLATIONS
+ABLATED = ("sparsegrad", "own", "own, rank 128")
+PEERS = tuple(method for method in finetune.METHODS if method != "sparsegrad")
+IN_SHORT = ("sparsegrad", "own, rank 128")  # the kinds of SparseGrad whose leads are told in short
+PATHS = {
+    "glue": "GLUE's folder, with SST-2, MRPC and STS-B",
+    "oasst": "OpenAssistant's messages, a jsonl file",
+    "t5": "a T5 with its tokenizer, a folder that rebuild.py makes",
+    "vit": "a ViT or DINOv2, a folder that rebuild.py makes",
+    "images": "grey images, comma-separated, the class last in a row",
+    "gpt2": "a GPT-2 with its genera, a folder that rebuild.py makes",
+    "counts": "counts of genera in samples, comma-separated",
+}
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FROM = {"paper": 3e-5, "freeze": 3e-4}  # four rates from here on, at first
+SEEDS = (3, 4, 5)  # SST-2's 0 to 2 were seen before
+
+Cell = tuple[str, str, str]  # task, setting, method
+Column = tuple[str, str]  # task, setting
+
+# ---------------------------------------------------------------------------------- runs
+
+
+class Run(NamedTuple):
+    task: str
+    setting: str
+    method: str
+    lr: float
+    seed: int
+    held_out: bool
+
+    def command(self, paths: dict[str, str], output: str, bf16: bool = False) -> list[str]:
+        task, (options, _, change) = TASKS[self.task], STUDIED[self.method].partition(" @")
+        script, *words = (word.format(**paths) for word in task.command.split())
+        changed = ["-m", "experiments.variants", change] if change else []
+        words = [sys.executable, *changed, script, *words, *options.format(task.narrow_rank).split()]
+        words += ["--lr", f"{self.lr:g}", "--seed", str(self.seed), "--output-dir", output]
+        words += ["--freeze"] * (self.setting == "freeze" and script == "glue_run.py")  # the others do nothing else
+        words += (["--dtype", "bfloat16"] if script == "llama_run.py" else ["--bf16"]) * bf16
+        return words + ["--held-out", str(task.held_out)] * self.held_out
+
+
+class Study(dict):
+    """Run -> its results, or its arguments and how it "diverged": the lines of a file."""
+
+    def __init__(self, path: pathlib.Path = FILE):
+        self.path, self.lock = path, threading.Lock()
+        if path.exists():
+            with open(path, encoding="utf-8") as file:
+                self.update((Run(*(record[field] for field in Run._fields)), record) for record in map(json.loads, file))
+
+    def add(self, run: Run, results: dict) -> None:
+        """Keep what a run came to and append its line; several lanes may do so at once."""
+        record = run._asdict() | results
+        with self.lock:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            self[run] = record
+
+    def rate(self, cell: Cell) -> tuple[float | None, list[Run]]:
+        """(the chosen learning rate, []), or (None, the runs that are missing to choose it)."""
+        low = RATES.index(FROM[cell[1]])
+        high = low + 4
+        while True:
+            runs = [Run(*cell, lr, 0, True) for lr in RATES[low:high]]
+            if to_choose := [run for run in runs if run not in self]:
+                return None, to_choose
+            losses = [self[run].get("metrics", {}).get("eval_loss", math.inf) for run in runs]
+            best = losses.index(min(losses))
+            if best == 0 and low > 0:
+                low -= 1
+            elif best == len(runs) - 1 and high < len(RATES):
+                high += 1
+            else:
+                return runs[best].lr, []
+
+    def missing(self, cell: Cell) -> list[Run]:
+        lr, to_choose = self.rate(cell)
+        return to_choose or [run for seed in SEEDS if (run := Run(*cell, lr, seed, False)) not in self]
+
+    def outcome(self, cell: Cell) -> list[float]:
+        """What each of SEEDS came to, NaN if it diverged; [] unless all runs of the cell are there."""
+        if self.missing(cell):
+            return []
+        results = [self[Run(*cell, self.rate(cell)[0], seed, False)] for seed in SEEDS]
+        return [result.get("metrics", {}).get(TASKS[cell[0]].metric, math.nan) for result in results]
+
+
+def make(run: Run, paths: dict[str, str], threads: int, bf16: bool = False) -> dict:
+    """Run it; its results, or its arguments and how it "diverged". UserError if it failed otherwise."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(run.command(paths, f"{folder}/run", bf16), env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, DIVERGED):
+            raise finetune.UserError(f"{run} failed: {done.stderr.strip()[-500:]}")
+        if done.returncode == 0:
+            results = json.loads(pathlib.Path(folder, "run", "results.json").read_text(encoding="utf-8"))
+        else:
+            arguments = json.loads(pathlib.Path(folder, "run", "arguments.json").read_text(encoding="utf-8"))
+            results = {"arguments": arguments, "diverged": done.stderr.strip().splitlines()[-1]}
+    for told in (results["arguments"], results.get("used", {})):  # no paths of this machine
+        told |= {key: os.path.basename(text) for key, text in told.items() if isinstance(text, str) and os.path.isabs(text)}
+    results["arguments"]["output_dir"] = None  # it was a temporary one
+    if change := STUDIED[run.method].partition(" @")[2]:
+        results["arguments"]["change"] = change  # the script does not know
+    return results
+
+
+def check_precision(study: Study, cells: list[Cell], bf16: bool) -> None:
+    """UserError if a column of `cells` has runs in the other precision already: its methods would not compare."""
+    for run, results in study.items():
+        stored = results["arguments"]["bf16"]
+        if stored != bf16 and run[:2] in {cell[:2] for cell in cells}:
+            what = "in mixed precision: pass --bf16" if stored else "in fp32: leave --bf16 out"
+            raise finetune.UserError(f"the runs of {run.task}, {run.setting} that are stored are {what}, or move them away")
+
+
+def run_all(study: Study, cells: list[Cell], paths: dict[str, str], lanes: int, bf16: bool = False) -> None:
+    """Every missing run of `cells`, `lanes` cells at a time."""
+
+    def fill(cell: Cell) -> None:
+        while missing := study.missing(cell):
+            print(missing[0], flush=True)
+            study.add(missing[0], make(missing[0], paths, max(1, (os.cpu_count() or 1) // lanes), bf16))
+
+    with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
+        for _ in pool.map(fill, cells):  # raises what a lane raised
+            pass
+
+
+# -------------------------------------------------------------------------------- tables
+
+
+def grid(heads: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" if row else "|" + "---|" * len(heads) for row in [heads, [], *rows])
+
+
+def tables(study: Study) -> dict[str, str]:
+    """Title -> Markdown table, of those with a row. "Leads" are SparseGrad's, seed by seed, and "In short" their verdicts;
+    the others hold mean ± standard deviation over the seeds (learning rate)."""
+    found = {(column, method): study.outcome((*column, method)) for column in COLUMNS for method in STUDIED}
+
+    def columns_of(methods) -> list[Column]:
+        return [column for column in COLUMNS if any(found[column, method] for method in methods)]
+
+    def cell(column: Column, method: str) -> str:
+        of = found[column, method]
+        return f"{spread(of)} ({study.rate((*column, method))[0]:g})" if of else ""
+
+    def leads(column: Column, ours: str, peer: str) -> list[float]:
+        """Seed by seed, positive where ours is better; empty unless both are there."""
+        sign = -1 if TASKS[column[0]].lower_is_better else 1
+        return [sign * (a - b) for a, b in zip(found[column, ours], found[column, peer])]
+
+    every, ablated = columns_of(COMPARED), columns_of(ABLATIONS)
+    claim, others = ([c for c in every if (c[0] in OTHER_MODELS) == beyond] for beyond in (False, True))
+    used = [method for method in COMPARED if any(found[column, method] for column in others)]
+    pairs = [(ours, peer) for ours in COMPARED if ours not in PEERS for peer in PEERS]
+    short = [(ours, peer) for ours, peer in pairs if ours in IN_SHORT]
+    rows = {
+        "The claim": {(m,): [cell(c, m) for c in claim] for m in COMPARED},
+        "In short": {(head(c),): [verdict(leads(c, *pair)) for pair in short] for c in every},
+        "Leads": {pair: [spread(leads(c, *pair), "+") for c in every] for pair in pairs},
+        "Ablations": {(m,): [cell(c, m) for c in ablated] for m in (*ABLATED, *ABLATIONS)},
+        "Other models": {(head(c),): [cell(c, m) for m in used] for c in others},
+    }
+    heads = {
+        "The claim": ["", *map(head, claim)],
+        "In short": ["", *(f"{ours}, beside {peer}" for ours, peer in short)],
+        "Leads": ["lead of", "over", *map(head, every)],
+        "Ablations": ["", *map(head, ablated)],
+        "Other models": ["", *used],
+    }
+    full = {title: [[*name, *cells] for name, cells in rows[title].items() if any(cells)] for title in rows}
+    return {title: grid(heads[title], full[title]) for title in rows if full[title]}
+
+
+def head(column: Column) -> str:
+    task, setting = column
+    metric = TASKS[task].metric.removeprefix("eval_")
+    return f"{task}, {setting} ({metric}{', lower is better' * TASKS[task].lower_is_better})"
+
+
+def spread(of: list[float], sign: str = "") -> str:
+    """Mean ± standard deviation. `undefined` if a value is: a run diverged, or gave all pairs one score, which has no
+    correlation."""
+    if any(map(math.isnan, of)):
+        return "undefined"
+    return f"{statistics.mean(of):{sign}.4f} ± {statistics.stdev(of):.4f}" if of else ""
+
+
+def verdict(leads: list[float]) -> str:
+    """`ahead` or `behind` if the mean lead is larger than its standard deviation, else `equal`."""
+    if not leads or any(map(math.isnan, leads)):
+        return spread(leads)
+    if abs(statistics.mean(leads)) <= statistics.stdev(leads) + 1e-9:  # ties are common with accuracies of three seeds
+        return "equal"
+    return f"ahead, {spread(leads)}" if statistics.mean(leads) > 0 else f"behind, {spread([-lead for lead in leads])}"
+
+
+def figure(study: Study, path: pathlib.Path) -> None:
+    """A panel a column: every seed a dot, their mean a bar, a row a method; right is better. What is undefined has neither."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {column: {m: of for m in COMPARED if (of := study.outcome((*column, m)))} for column in COLUMNS}
+    panels = {column: found for column, found in panels.items() if len(found) > 1}
+    names = [method for method in COMPARED if any(method in found for found in panels.values())]
+    wide = min(len(panels), 4)
+    high = math.ceil(len(panels) / wide)
+    drawn, axes = plt.subplots(high, wide, figsize=(1.2 + 2.4 * wide, 2.4 * high), layout="constrained", sharey=True, squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for ax, (column, found) in zip(axes.flat, panels.items()):
+        for method, of in found.items():
+            at, color = names.index(method), "#000000" if method in PEERS else "#d95f02"
+            ax.plot(of, [at] * len(of), "o", color=color, alpha=0.5, markersize=5)
+            ax.plot([statistics.mean(of)] * 2, [at - 0.3, at + 0.3], color=color, linewidth=2)
+        ax.set_title(head(column), fontsize="small")
+        ax.locator_params(axis="x", nbins=4)
+        if TASKS[column[0]].lower_is_better:
+            ax.invert_xaxis()
+        ax.set_yticks(range(len(names)), names)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.grid(alpha=0.3)
+    drawn.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = finetune.Parser(description=__doc__.split("\n\n")[0])
+    parsers = parser.add_subparsers(dest="do", required=True)
+    run = parsers.add_parser("run", help="make the runs that are missing")
+    for name, what in PATHS.items():
+        run.add_argument(f"--{name}", help=what)
+    run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    run.add_argument("--settings", nargs="+", choices=("paper", "freeze"), default=["paper", "freeze"])
+    run.add_argument("--methods", nargs="+", choices=STUDIED, default=list(COMPARED))
+    run.add_argument("--lanes", type=int, default=2, help="cells at a time, which share the cores")
+    half = "mixed precision: half the time on a CPU with bf16 instructions, far more on others"
+    run.add_argument("--bf16", action="store_true", help=half)
+    parsers.add_parser("table", help="print the tables of the stored runs")
+    parsers.add_parser("figure", help="draw them").add_argument("file", type=pathlib.Path, help="a picture, such as claim.png")
+    args, study = parser.parse_args(), Study()
+    if args.do == "table":
+        print("\n\n".join(f"{title}\n\n{table}" for title, table in tables(study).items()))
+    elif args.do == "figure":
+        figure(study, args.file)
+    else:
+        paths = {name: path for name in PATHS if (path := getattr(args, name)) is not None}
+        for task in args.tasks:
+            try:
+                TASKS[task].command.format(**paths)
+            except KeyError as error:
+                parser.error(f"task {task} needs --{error.args[0]}: {PATHS[error.args[0]]}")
+        cells = [(t, s, m) for t in args.tasks for s in TASKS[t].settings if s in args.settings for m in args.methods]
+        check_precision(study, cells, args.bf16)
+        run_all(study, cells, paths, args.lanes, args.bf16)
+
+
+if __name__ == "__main__":
+    finetune.run_script(main)

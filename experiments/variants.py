@@ -1,0 +1,107 @@
+"""One of the scripts with a change to the method, for the ablations of `claim.py`.
+
+    python -m experiments.variants CHANGE glue_run.py --task sst2 ...
+    python -m experiments.variants CHANGE -m experiments.vit --model ...
+
+random       orthonormal columns, seeded, instead of HOSVD's
+mixed        HOSVD's directions with other axes in their span: rotated at random, seeded
+transposed   U transposed, as in the released code; for complete bases
+refreshed    bases found anew halfway through training, from the weights as they are then
+core-rate=3  the cores' learning rate, in multiples of that of all else that trains
+
+Such a run is there to be measured. `--resume` goes on without the change. The adapter of a refreshed run fits the
+weights as they were halfway; `--merge` has all that was learned.
+"""
+
+import runpy
+import sys
+
+import torch
+
+import finetune
+import sparsegrad
+
+found = sparsegrad.find_bases
+
+
+def with_other_bases(change: str) -> None:
+    def find_bases(*args, **options):
+        bases, other, generator = found(*args, **options), {}, torch.Generator().manual_seed(0)
+
+        def orthonormal(rows, columns):
+            return torch.linalg.qr(torch.randn(rows, columns, generator=generator)).Q
+
+        def changed(vectors):  # (n, r)
+            rank = vectors.shape[1]
+            return vectors @ orthonormal(rank, rank) if change == "mixed" else orthonormal(*vectors.shape)
+
+        for basis in dict.fromkeys(bases.values()):  # a shared one once
+            if change == "transposed":
+                U, V = basis.U.T, basis.V
+            else:
+                U, V = (None if vectors is None else changed(vectors) for vectors in (basis.U, basis.V))
+            other[basis] = sparsegrad.Basis(U, V)
+        return {name: other[basis] for name, basis in bases.items()}
+
+    sparsegrad.find_bases = find_bases
+
+
+def with_refreshed_bases() -> None:
+    used = {}
+
+    def find_bases(model, batches, *args, **options):
+        used.update(batches=batches, args=args, options=options)
+        return found(model, batches, *args, **options)
+
+    def training_step(trainer, *args, **options):
+        if trainer.state.global_step == trainer.state.max_steps // 2 and not used.get("refreshed"):
+            used["refreshed"] = True
+            refresh(trainer.model, trainer.optimizer.optimizer)
+        return step(trainer, *args, **options)
+
+    def refresh(model, optimizer):
+        layers = sparsegrad.sparsegrad_layers(model)
+        k = {name: layer.k for name, layer in layers.items()}
+        support = "fixed" if any(layer.support is not None for layer in layers.values()) else "topk"
+        sparsegrad.unpatch_model(model)
+        bases = found(model, used["batches"], *used["args"], **used["options"])
+        sparsegrad.patch_model(model, bases, k, support=support, cut="step")
+        new = {layers[name].core: layer.core for name, layer in sparsegrad.sparsegrad_layers(model).items()}
+        for group in optimizer.param_groups:
+            group["params"] = [new.get(p, p) for p in group["params"]]
+        for core in new:  # new coordinates, so the moments begin anew
+            optimizer.state.pop(core, None)
+
+    sparsegrad.find_bases = find_bases
+    step, finetune.SparseGradTrainer.training_step = finetune.SparseGradTrainer.training_step, training_step
+
+
+def with_core_rate(times: float) -> None:
+    make = finetune.make_optimizer
+
+    def make_optimizer(model, args):
+        optimizer = make(model, args)
+        optimizer.param_groups[0]["lr"] *= times  # the group of the cores
+        return optimizer
+
+    finetune.make_optimizer = make_optimizer
+
+
+def main() -> None:
+    (change, _, times), sys.argv = sys.argv[1].partition("="), sys.argv[2:]
+    if change == "core-rate":
+        with_core_rate(float(times))
+    elif change == "refreshed":
+        with_refreshed_bases()
+    elif change in ("random", "mixed", "transposed"):
+        with_other_bases(change)
+    else:
+        sys.exit(f"{change} is no change: random, mixed, transposed, refreshed or core-rate=NUMBER")
+    if sys.argv[0] == "-m":
+        runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
