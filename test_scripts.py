@@ -110,11 +110,11 @@ def home(tmp_path_factory):
             path = home / "glue" / glue_run.TASKS[task]["folder"] / f"{split}.tsv"
             write_lines(path, header + (rows[::-1] if split in ("dev", "dev_matched") else rows))
     tokenizer = tokenizers.ByteLevelBPETokenizer()
-    special = dict(bos_token="<s>", eos_token="<|im_end|>", pad_token="</s>")
+    special = dict(bos_token="<s>", eos_token="<|im_end|>", pad_token="</s>", model_input_names=["input_ids", "attention_mask"])
     talk = [m["content"] for thread in THREADS for m in thread]
     tokenizer.train_from_iterator(talk, 400, show_progress=False, special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, padding_side="right", **special)
-    fast.chat_template, fast.model_input_names = CHATML, ["input_ids", "attention_mask"]
+    fast.chat_template = CHATML
     fast.save_pretrained(home / "Llama-2-tiny")
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
     config = transformers.LlamaConfig(vocab_size=len(fast), **sizes, bos_token_id=0, eos_token_id=3, pad_token_id=1)
