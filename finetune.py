@@ -477,7 +477,7 @@ class Measure(transformers.TrainerCallback):
 
 def make_trainer(
     model: nn.Module, args: argparse.Namespace, folder: pathlib.Path, data: dict[str, Collection], collate, *,
-    trainer_class: type[SparseGradTrainer] = SparseGradTrainer, callbacks: Iterable = (), training: dict | None = None, **options,
+    callbacks: Iterable = (), training: dict | None = None, **options,
 ) -> SparseGradTrainer:  # fmt: skip
     """A Trainer of `data["train"]` that evaluates on `data["dev"]`, or on all others by name. `training` are
     TrainingArguments beyond those that `args` sets, `options` the Trainer's."""
@@ -490,7 +490,7 @@ def make_trainer(
     )  # fmt: skip
     if getattr(model, "is_quantized", False):
         model._hf_peft_config_loaded = True  # the Trainer trains no quantised model without an adapter; it has one
-    trainer = trainer_class(
+    trainer = SparseGradTrainer(
         model, transformers.TrainingArguments(**arguments | (training or {})), data_collator=collate,
         train_dataset=data["train"], eval_dataset=dev["dev"] if list(dev) == ["dev"] else dev,
         optimizers=(make_optimizer(model, args), None), callbacks=[measure, *callbacks], **options,

@@ -92,7 +92,7 @@ def fine_tune(args, folder: pathlib.Path, tokenizer, data: dict[str, datasets.Da
     steps = args.max_steps or max(1, math.ceil(steps))
     every = max(1, math.ceil(steps / 4))
     trainer = finetune.make_trainer(
-        model, args, folder, data, collate, trainer_class=LanguageTrainer,
+        model, args, folder, data, collate,
         training=dict(
             lr_scheduler_type="cosine", warmup_steps=min(50, math.ceil(steps / 10)), logging_steps=max(1, every // 2),
             eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
@@ -459,14 +459,6 @@ def every_nth(model: nn.Module, every: int) -> dict[str, nn.Module]:
     return {name: model.get_submodule(name) for name, block in numbered.items() if block and int(block[1]) % every == 0}
 
 
-class LanguageTrainer(finetune.SparseGradTrainer):
-    """Validation by the tokens: the Trainer's own loss averages over batches, whatever they hold."""
-
-    def prediction_step(self, *args, **options):
-        _, logits, labels = super().prediction_step(*args, **options)
-        return None, logits, labels
-
-
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """(B, T, vocabulary), (B, T) -> (B, 2): sum of the negative log likelihoods, and how many."""
     logits, labels = logits[:, :-1], labels[:, 1:]
@@ -475,6 +467,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def language_metrics(prediction) -> dict[str, float]:
+    """The loss by the tokens; it takes the place of the Trainer's own, which averages over batches, whatever they hold."""
     losses, tokens = prediction.predictions.sum(0)
     return {"loss": float(losses / tokens), "perplexity": float(math.exp(min(losses / tokens, 700)))}
 

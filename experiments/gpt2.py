@@ -19,7 +19,7 @@ import transformers
 import finetune
 import sparsegrad
 from experiments import other_models
-from llama_run import LanguageTrainer, language_metrics, token_losses
+from llama_run import language_metrics, token_losses
 
 PAD, BOS, EOS, SPECIAL = 0, 2, 3, 4  # token ids; the genera follow, in the order of genera.csv
 
@@ -39,7 +39,7 @@ def main() -> None:
         training = dict(eval_strategy="epoch", save_strategy="no", lr_scheduler_type="linear",
                         per_device_eval_batch_size=args.batch_size)  # fmt: skip
         trainer = finetune.make_trainer(
-            model, args, folder, data, to_batch, trainer_class=LanguageTrainer, training=training,
+            model, args, folder, data, to_batch, training=training,
             compute_metrics=language_metrics, preprocess_logits_for_metrics=token_losses,
         )  # fmt: skip
         before = trainer.evaluate()
