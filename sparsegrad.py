@@ -29,7 +29,6 @@ basis that is None stands for the identity; with neither this is the paper's MeP
 
 import collections
 import copy
-import itertools
 import math
 import numbers
 import re
@@ -37,9 +36,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 Targets = str | Iterable[str] | None  # see mlp_linears
@@ -62,17 +61,13 @@ def hosvd(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
 MLP_LINEARS = (
     r"(.*\.)?("
     r"(?<!attention\.)(intermediate|output)\.dense"  # BERT, RoBERTa, ViT of transformers 4
-    r"|ffn\.lin[12]"  # DistilBERT
-    r"|mlp\.fc[12]"  # ViT of transformers 5
+    r"|ffn\.lin[12]|mlp\.fc[12]"  # DistilBERT, ViT of transformers 5
     r"|mlp\.(up|down)_proj"  # LLaMA, Mistral, Qwen2 (§5.2 leaves gate_proj alone)
-    r"|DenseReluDense\.w(i|i_0|i_1|o)"  # T5
-    r"|mlp\.c_(fc|proj)"  # GPT-2
-    r")"
+    r"|DenseReluDense\.w(i|i_0|i_1|o)|mlp\.c_(fc|proj))"  # T5, GPT-2
 )
 
 def _is_linear(module: nn.Module | None) -> bool:
-    """nn.Linear, or the Conv1D of GPT-2, by its name: transformers is not imported."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's
 
 def weight_shape(linear: nn.Module) -> tuple[int, int]:
     """(out, in) of an nn.Linear, quantised ones included, or a Conv1D."""
@@ -86,7 +81,7 @@ def _role(name: str) -> str:
 
 def _unwrap(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of DDP and torch.compile."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
 
@@ -121,10 +116,9 @@ class Basis(nn.Module):
     gradients' squared norm in each column and row of the core, or None."""
     def __init__(self, U=None, V=None, column_energy=None, row_energy=None):
         super().__init__()
-        for side, vectors in (("U", U), ("V", V)):
-            if vectors is not None:  # contiguous: without a hold on columns that were cut off
-                vectors = nn.Parameter(vectors.detach().contiguous(), requires_grad=False)
-            self.register_parameter(side, vectors)
+        for side, b in (("U", U), ("V", V)):  # contiguous: without a hold on columns cut off
+            b = b if b is None else nn.Parameter(b.detach().contiguous(), requires_grad=False)
+            self.register_parameter(side, b)
         self.column_energy, self.row_energy = column_energy, row_energy
 
     def core_shape(self, out: int, in_: int) -> tuple[int, int]:
@@ -145,12 +139,9 @@ def _gradients(model: nn.Module, batches: Iterable, names: list[str], n_steps: i
                lr: float = 5e-5, loss_fn: Callable[[nn.Module, object], Tensor] = _model_loss):
     """Train the linears `names` alone, and yield each step's gradients, {name: (out, in)}: a twin
     that shares all parameters does, by SparseGrad layers with no bases or cut, whose dL/dC is G."""
-    if torch.is_inference_mode_enabled():
-        raise ValueError("there are no gradients in inference_mode: collect them outside of it")
     model, reached, steps = _unwrap(model), set(), 0
-    shared = {id(p): p for p in model.parameters()}
-    for p in filter(torch.is_floating_point, model.parameters()):  # with a flag of its own
-        shared[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
+    shared = {id(p): nn.Parameter(p.detach(), False) if p.is_floating_point() else p
+              for p in model.parameters()}  # with flags of its own
     twin = copy.deepcopy(model, shared).train()
     patch_model(twin, dict.fromkeys(names, Basis()), k=None)
     for module in twin.modules():
@@ -158,21 +149,27 @@ def _gradients(model: nn.Module, batches: Iterable, names: list[str], n_steps: i
             module.register_forward_hook(_with_gradient)
     cores = {name: twin.get_submodule(name).core for name in names}
     optimizer = SparseGradAdamW(cores.values(), lr, weight_decay=0.0)
-    for batch in itertools.islice(batches, n_steps):
+    for _, batch in zip(range(n_steps), batches):
         with torch.enable_grad():
             loss = loss_fn(twin, batch)
             if loss.requires_grad:
                 loss.backward()
+        for core in cores.values() if dist.is_initialized() else ():  # of a part of the batch
+            core.grad = torch.zeros_like(core) if core.grad is None else core.grad
+            _sum(core.grad.div_(dist.get_world_size()))
         gradients = {name: core.grad for name, core in cores.items() if core.grad is not None}
         yield gradients
         reached, steps = reached | gradients.keys(), steps + 1
         if lr:
             optimizer.step()
         twin.zero_grad()
-    if not steps:
-        raise ValueError("no batches: gradients cannot be collected from an empty iterable")
     if missed := ", ".join(name for name in names if name not in reached):
-        raise ValueError(f"in the model given to loss_fn, no call or no gradient reached {missed}")
+        raise ValueError(f"{steps} batches, but no gradient reached {missed} in loss_fn's model")
+
+def _sum(*tensors: Tensor) -> None:
+    """Sum each over the processes of torch.distributed, if it was begun, in place."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
 
 def _with_gradient(module: nn.Module, args: tuple, y):  # as re-entrant checkpoints need inputs
     if isinstance(y, Tensor) and y.is_floating_point() and torch.is_grad_enabled():
@@ -195,12 +192,12 @@ def find_bases(model: nn.Module, batches: Iterable, target_modules: Targets = No
     The left singular vectors of an unfolding are the eigenvectors of its Gram matrix, a sum
     over the gradients: `Σ G Gᵀ` (out, out) gives V, `Σ Gᵀ G` (in, in) gives U. A twin of the
     model trains its MLP linears alone by AdamW, in train mode; the model is not touched.
-
     n_steps, lr: 30 and 5e-5 by default; lr 0 stays at the pretrained weights.
     share: "role", one basis for all blocks' layers of a role, as in the paper; "layer", one each.
     sides: "both"; "narrow", only the shorter side of each weight (input, of a square one).
     rank: columns to keep a side; None, all of them (complete bases, as in the paper).
     loss_fn: `loss_fn(model, batch)`; default, `.loss` of `model(**batch)`.
+    Processes of torch.distributed call it together, each with its part of every batch.
     Raises ValueError for options or batches that do not fit, or gradients missing or not finite."""
     if share not in ("role", "layer") or sides not in ("both", "narrow"):
         raise ValueError(f"share={share!r}: 'role', 'layer'; sides={sides!r}: 'both', 'narrow'")
@@ -209,41 +206,49 @@ def find_bases(model: nn.Module, batches: Iterable, target_modules: Targets = No
         if rank is not None and not 1 <= rank <= min(shape):
             raise ValueError(f"rank is {rank}, but {name} {shape} has room for 1 to {min(shape)}")
     groups = {n: (_role(n), shape) if share == "role" else n for n, shape in shapes.items()}
+    here, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sums = {}  # group -> scale (), and for U and V the Gram matrix of G / scale, or its diagonal
     for gradients in _gradients(model, batches, list(shapes), **options):
-        for name, G in gradients.items():
+        for number, (name, G) in enumerate(gradients.items()):
             if groups[name] not in sums:
                 out, in_ = G.shape
                 rotated = (True, True) if sides == "both" else (in_ <= out, out < in_)
                 grams = [G.new_zeros((d, d) if on else d) for d, on in zip((in_, out), rotated)]
                 sums[groups[name]] = G.new_zeros(()), *grams
-            _add_grams(*sums[groups[name]], G)
+            _add_grams(*sums[groups[name]], G, number % world == here)
+    _sum(*(gram for _, *grams in sums.values() for gram in grams))
     bases = {}
     for name, group in groups.items():
         if group not in bases:
-            (U, columns), (V, rows) = (_spectrum(gram, rank, name) for gram in sums[group][1:])
+            mine, grams = len(bases) % world == here, sums[group][1:]
+            (U, columns), (V, rows) = (_spectrum(gram, rank, name, mine) for gram in grams)
             bases[group] = Basis(U, V, columns, rows)
+    found = (getattr(basis, part) for basis in bases.values() for part in BASIS)
+    _sum(*(tensor for tensor in found if tensor is not None))
     return {name: bases[group] for name, group in groups.items()}
 
-def _add_grams(scale: Tensor, gram_in: Tensor, gram_out: Tensor, G: Tensor) -> None:
+def _add_grams(scale: Tensor, gram_in: Tensor, gram_out: Tensor, G: Tensor, mine: bool) -> None:
     """Add `Gᵀ G` and `G Gᵀ` of G (out, in), or the diagonals, in units of scale², which grows:
-    the squares of tiny or huge gradients would leave fp32."""
+    the squares of tiny or huge gradients would leave fp32. Not `mine`: another process adds."""
     G = G.to(scale.device)  # layers of a role may lie on several
     largest = torch.maximum(scale, G.abs().amax()).clamp(min=torch.finfo(G.dtype).tiny)
-    for gram, rows in ((gram_in, G.T / largest), (gram_out, G / largest)):
+    G = G / largest
+    for gram, rows in ((gram_in, G.T), (gram_out, G)):
         gram.mul_((scale / largest) ** 2)
-        gram.add_(rows.square().sum(1)) if gram.dim() == 1 else gram.addmm_(rows, rows.T)
+        if mine:
+            gram.add_(rows.square().sum(1)) if gram.dim() == 1 else gram.addmm_(rows, rows.T)
     scale.copy_(largest)
 
-def _spectrum(gram: Tensor, rank: int | None, name: str) -> tuple[Tensor | None, Tensor]:
+def _spectrum(gram: Tensor, rank: int | None, name: str, mine: bool) -> tuple:
     """Of a Gram matrix (n, n) the eigenvectors (n, rank) and their shares of the energy (rank,),
-    by falling share; of a diagonal (n,) None and the shares of its entries (n,)."""
+    by falling share; of a diagonal (n,) None and its entries' shares (n,). Zeros if not `mine`."""
     energy = gram.sum() if gram.dim() == 1 else gram.trace()
     if not 0 < energy < math.inf:
         raise ValueError(f"the gradients of {name} are zero or not finite: no basis in them")
     if gram.dim() == 1:
-        return None, gram / energy
-    values, vectors = torch.linalg.eigh(gram.double() / energy)  # in fp64: orthogonal to 1e-7
+        return None, gram / energy * mine
+    zeros = torch.zeros_like(gram[0]), torch.zeros_like(gram)  # in fp64: orthogonal to 1e-7
+    values, vectors = torch.linalg.eigh(gram.double() / energy) if mine else zeros
     vectors, values = vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp(min=0)
     return vectors.to(gram.dtype), values.to(gram.dtype)
 
@@ -286,9 +291,6 @@ class SparseGradFunction(torch.autograd.Function):
 # ------------------------------------------------------------------------------ the layer
 class _NoValues(Tensor):
     """What a SparseGrad layer shows as `weight`: dtype, device and shape alone."""
-    def __new__(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device):
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # fused paths decline
         return super().__torch_function__(func, types, args, kwargs)
@@ -298,8 +300,7 @@ class _NoValues(Tensor):
         raise RuntimeError("a SparseGrad layer's weight has no values: call it, or leave it out")
 
 def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that FSDP2 may have sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP2's, gathered
 
 def _add_core(W: Tensor, C: Tensor, U: Tensor | None, V: Tensor | None) -> Tensor:
     """W + V C Uᵀ (out, in)."""
@@ -359,7 +360,8 @@ class SparseGradLinear(nn.Module):
     def weight(self) -> Tensor:
         """Dtype, device and shape of W, as T5 asks for, and an error for whatever asks for more."""
         W = self.base.weight if self.base else self.residual
-        return _NoValues((self.out_features, self.in_features), W.dtype, W.device)
+        shape = self.out_features, self.in_features
+        return Tensor._make_wrapper_subclass(_NoValues, shape, dtype=W.dtype, device=W.device)
 
     def forward(self, x: Tensor) -> Tensor:
         device, leading = x.device.type, x.shape[:-1]
@@ -369,8 +371,7 @@ class SparseGradLinear(nn.Module):
         C, U, V = self._factors(x.dtype)
         written = self._writes_out(len(x))
         if self.base is None:
-            W = self.residual.detach()
-            W = _add_core(W, C, U, V) if written else W
+            W = _add_core(self.residual.detach(), C, U, V) if written else self.residual.detach()
             y = F.linear(x, W, self.bias)  # (T, in) @ (in, out)
         else:
             y = self.base(x).to(x.dtype)
@@ -410,7 +411,7 @@ class SparseGradLinear(nn.Module):
 
     @torch.compiler.disable  # a compiled graph breaks here: compilers take no COO
     def _cut_in_backward(self, core: Tensor) -> Tensor:
-        if DistributedDataParallel._active_ddp_module is not None:
+        if nn.parallel.DistributedDataParallel._active_ddp_module is not None:
             raise RuntimeError("DDP sends no COO gradients: patch with cut='step' instead")
         return SparseGradFunction.apply(core, self.k)
 
@@ -620,15 +621,14 @@ class SparseGradAdamW(torch.optim.AdamW):
 
 @register_optimizer_step_pre_hook
 def _refuse_other_optimizers(optimizer, args, kwargs) -> None:
-    if isinstance(optimizer, SparseGradAdamW):
-        return
     params = (p for group in optimizer.param_groups for p in group["params"])
-    if any(getattr(p, "cut_to", None) and p.grad is not None for p in params):
+    cut = any(getattr(p, "cut_to", None) and p.grad is not None for p in params)
+    if cut and not isinstance(optimizer, SparseGradAdamW):
         raise RuntimeError("cut='step' needs SparseGradAdamW, another optimizer would train all of "
                            "a core: or patch with cut='backward', support='fixed' or k=None")
 
 # --------------------------------------------------------------------------------- saving
-KINDS = tuple(itertools.product(("topk", "fixed"), ("backward", "step")))  # (support, cut)
+KINDS = tuple((support, cut) for support in ("topk", "fixed") for cut in ("backward", "step"))
 BASIS = ("U", "V", "column_energy", "row_energy")
 @torch.no_grad()
 def sparsegrad_state_dict(model: nn.Module) -> dict[str, Tensor]:
