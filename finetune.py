@@ -5,6 +5,7 @@ a model, measures time and memory, goes on with an interrupted run, and writes w
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -19,12 +20,16 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Collection, Iterable
+from typing import NoReturn
 
+import accelerate
 import datasets
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.fsdp import fully_shard
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import sparsegrad
@@ -35,6 +40,7 @@ TRAINED = "trained.safetensors"  # in a checkpoint: the parameters that train, a
 CHECKPOINT = (TRAINED, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "scipy", "scikit-learn", "bitsandbytes", "gguf")
 FIRST_STEPS = 5  # left out of the steps per second: allocations and caches
+FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started: it writes, and it prints
 
 
 class UserError(ValueError):
@@ -46,19 +52,35 @@ class Diverged(UserError):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`. An error ends in one line and exit code 2; a loss that diverged in 3, so that a
-    search for a learning rate can tell; Ctrl-C in 130."""
+    """Run a script's `main`, together with the other processes if torchrun or accelerate started some. An error ends in
+    one line and exit code 2; a loss that diverged in 3, so that a search for a learning rate can tell; Ctrl-C in 130."""
+    processes = accelerate.PartialState(cpu=not torch.cuda.is_available())  # it joins them
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        main()
+        with contextlib.nullcontext() if FIRST else contextlib.redirect_stdout(open(os.devnull, "w")):
+            main()
+        processes.destroy_process_group()
     except (ValueError, OSError) as error:  # those of sparsegrad.py and of the libraries say what is wrong, too
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(3 if isinstance(error, Diverged) else 2)
+        fail(" ".join(str(error).split()), 3 if isinstance(error, Diverged) else 2)
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume DIR goes on from the last checkpoint in the run's folder, if it has one", file=sys.stderr)
+        told = "\ninterrupted; --resume DIR goes on from the last checkpoint in the run's folder, if it has one"
+        print(told * FIRST, file=sys.stderr)
         sys.exit(130)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End in one line. What all processes find is said by the first, and the launcher ends the others as they wait."""
+    if not FIRST:
+        time.sleep(5)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def in_any_process(flag: bool) -> bool:
+    processes = accelerate.PartialState()
+    return bool(accelerate.utils.reduce(torch.tensor(float(flag), device=processes.device)))
 
 
 # ------------------------------------------------------------------------------- options
@@ -66,7 +88,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+        fail(f"{message} (--help lists the options)")
 
 
 def share_or_count(text: str) -> float | int:
@@ -93,7 +115,7 @@ def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
     add("--basis-lr", type=float, default=5e-5, help="their learning rate, default 5e-5; 0: the pretrained weights', less memory")
     add("--lr", type=float, help="learning rate; default by method and model")
     add("--adaptivity", type=float, default=1.0, help="SparseGradAdamW's, for the cores, 0 to 1; 1: Adam")
-    add("--batch-size", type=int, help="rows a step")
+    add("--batch-size", type=int, help="rows a step, shared by the processes that torchrun starts")
     add("--epochs", type=float, help="passes over the training rows")
     add("--max-steps", type=int, help="stop after so many steps, whatever --epochs says")
     add("--max-train-samples", type=int, help="train on so many rows, drawn by the seed")
@@ -140,11 +162,12 @@ def write_json(path: pathlib.Path, content: dict) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    """Whole or not at all, by the first process."""
+    if FIRST:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
 
 
 def resumed(args: argparse.Namespace) -> argparse.Namespace:
@@ -162,6 +185,9 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
 
 def open_folder(args: argparse.Namespace, name: str) -> pathlib.Path:
     """The run's folder: a new one, below runs/ if not told otherwise, or the one resumed."""
+    processes = accelerate.PartialState()
+    if args.batch_size % processes.num_processes:
+        raise UserError(f"--batch-size {args.batch_size} is shared by {processes.num_processes} processes: pass a multiple of that")
     if args.resume is None and args.output_dir is None:
         candidates = (pathlib.Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10**6))
         args.output_dir = next(path for path in candidates if not (path / "arguments.json").exists())
@@ -169,6 +195,7 @@ def open_folder(args: argparse.Namespace, name: str) -> pathlib.Path:
         raise UserError(f"{args.output_dir} holds a run already; pass --resume {args.output_dir}, or another --output-dir")
     for path in filter(None, (args.output_dir, args.merge)):
         path.mkdir(parents=True, exist_ok=True)
+    processes.wait_for_everyone()  # before one of them writes there
     return args.output_dir
 
 
@@ -199,7 +226,7 @@ def missing(args: argparse.Namespace) -> list[str]:
     """Which of "model" and "data" something else must stand in for. Sets `args.hub`, whether the hub is to be asked."""
     if args.hub is None:  # else a resumed run, what it was begun with
         local = args.data is not None and args.model is not None and os.path.exists(args.model)
-        args.hub = not local and hub_reachable()
+        args.hub = not local and in_any_process(hub_reachable())
     return [what for what in ("model", "data") if getattr(args, what) is None and not args.hub]
 
 
@@ -279,12 +306,15 @@ def apply_method(
         bases = None
         if args.method == "sparsegrad":
             start, order = time.perf_counter(), torch.Generator().manual_seed(args.seed)
-            batches = torch.utils.data.DataLoader(rows, args.batch_size, shuffle=True, collate_fn=collate, generator=order)
-            info["basis_steps"] = min(args.basis_steps, len(batches))  # one pass at most
+            here, world = accelerate.PartialState().process_index, accelerate.PartialState().num_processes
+            batches = torch.utils.data.DataLoader(
+                rows, args.batch_size, shuffle=True, generator=order, collate_fn=lambda batch: collate(batch[here::world])
+            )
+            info["basis_steps"] = min(args.basis_steps, len(rows) // args.batch_size or 1)  # one pass at most
             print(f"bases: {info['basis_steps']} steps of back-propagation, then HOSVD ...", flush=True)
             bases = sparsegrad.find_bases(
                 model, batches, list(linears), share=args.share, sides=args.sides, rank=args.rank,
-                n_steps=info["basis_steps"], lr=args.basis_lr,
+                n_steps=info["basis_steps"], lr=args.basis_lr, loss_fn=loss_of_part,
             )  # fmt: skip
             info["basis_seconds"] = round(time.perf_counter() - start, 2)
         names = None if bases else list(linears)  # dense gradients, as the Trainer wants:
@@ -298,6 +328,14 @@ def apply_method(
         save_adapter(model, folder)
     write_json(folder / "method.json", info)
     return info
+
+
+def loss_of_part(model: nn.Module, batch: dict) -> torch.Tensor:
+    """The loss of this process's part of a batch, weighted by the labels in it: the mean over processes is the batch's."""
+    batch = {key: value.to(model.device) for key, value in batch.items()}
+    labels = batch["labels"][:, 1:] if batch["labels"].dim() == 2 else batch["labels"]  # a language model's first is unused
+    count = (labels != -100).sum()
+    return model(**batch).loss * (count / accelerate.utils.reduce(count.float(), "mean"))
 
 
 def lora_rank(linears: Iterable[nn.Module], entries: int) -> int:
@@ -339,10 +377,11 @@ def load_tensors(path: pathlib.Path) -> dict[str, torch.Tensor]:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: pathlib.Path) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": "pt"})
-    part.replace(path)
+    """Whole or not at all, by the first process."""
+    if FIRST:
+        part = path.with_suffix(".part")
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.replace(path)
 
 
 def save_adapter(model: nn.Module, folder: pathlib.Path) -> None:
@@ -356,10 +395,12 @@ def save_adapter(model: nn.Module, folder: pathlib.Path) -> None:
         config = model.peft_config["default"]
         config.base_model_name_or_path, config.inference_mode = model.config._name_or_path, True
         config.task_type = "CAUSAL_LM"  # a classifier's head would train too
-        config.save_pretrained(folder)
-        state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        state = sharded.get_model_state_dict(model, options=WHOLE)
+        state = peft.get_peft_model_state_dict(model, state, save_embedding_layers=False)
         state = {f"base_model.model.{name}": t.contiguous() for name, t in state.items()}
         save_tensors(state, folder / "adapter_model.safetensors")
+        if FIRST:
+            config.save_pretrained(folder)
 
 
 def merge(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -397,30 +438,46 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=order))
 
 
+WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+
 class SparseGradTrainer(transformers.Trainer):
     """The Trainer, with batches by length where a datasets.Dataset has `input_ids`. Its
-    checkpoints hold the parameters that train, not the frozen ones."""
+    checkpoints hold the parameters that train, not the frozen ones, whole also where FSDP2 has sharded them."""
 
     def _get_train_sampler(self, *args):
         rows = self.train_dataset
         if not isinstance(rows, datasets.Dataset) or "input_ids" not in rows.column_names:
             return super()._get_train_sampler(*args)
         lengths = [len(ids) for ids in rows["input_ids"]]
-        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed, self.state)
+        return LengthGroupedSampler(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed, self.state)
 
-    def _save(self, output_dir=None, state_dict=None):
+    def save_model(self, output_dir=None, _internal_call=False):
         folder = pathlib.Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors({n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}, folder / TRAINED)
+        trains = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        state = sharded.get_model_state_dict(self.model, options=WHOLE)
+        save_tensors({name: tensor for name, tensor in state.items() if name in trains}, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, value in load_tensors(pathlib.Path(resume_from_checkpoint) / TRAINED).items():
-                parameters[name].copy_(value)
+        state = load_tensors(pathlib.Path(resume_from_checkpoint) / TRAINED)
+        sharded.set_model_state_dict(self.model, state, options=WHOLE)
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        state = sharded.get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=WHOLE)
+        if FIRST:
+            torch.save(state, os.path.join(output_dir, "optimizer.pt"))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        state = torch.load(os.path.join(checkpoint, "optimizer.pt"), map_location="cpu", weights_only=True)
+        sharded.set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=WHOLE)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
 
 
 class Measure(transformers.TrainerCallback):
@@ -447,6 +504,7 @@ class Measure(transformers.TrainerCallback):
         if state.global_step > self.started + FIRST_STEPS:
             self.seconds += self._now() - self.begin
             self.steps += 1
+        self.interrupted = in_any_process(self.interrupted)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
@@ -463,7 +521,7 @@ class Measure(transformers.TrainerCallback):
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        print("\nstopping after this step (Ctrl-C again: at once) ...", file=sys.stderr, flush=True)
+        print("\nstopping after this step (Ctrl-C again: at once) ..." * FIRST, file=sys.stderr, flush=True)
 
     def result(self) -> dict:
         rate = {"steps_per_second": round(self.steps / self.seconds, 3) if self.steps else None}
@@ -477,24 +535,36 @@ class Measure(transformers.TrainerCallback):
 
 def make_trainer(
     model: nn.Module, args: argparse.Namespace, folder: pathlib.Path, data: dict[str, Collection], collate, *,
-    callbacks: Iterable = (), training: dict | None = None, **options,
+    callbacks: Iterable = (), training: dict | None = None, shard: bool = False, **options,
 ) -> SparseGradTrainer:  # fmt: skip
     """A Trainer of `data["train"]` that evaluates on `data["dev"]`, or on all others by name. `training` are
-    TrainingArguments beyond those that `args` sets, `options` the Trainer's."""
+    TrainingArguments beyond those that `args` sets, `options` the Trainer's. `shard`: FSDP2 over the processes, block by
+    block; what trains stays in fp32, the frozen rest in its own dtype."""
+    part = args.batch_size // accelerate.PartialState().num_processes
     dev, measure = {split: rows for split, rows in data.items() if split != "train"}, Measure()
     arguments = dict(
-        output_dir=str(folder), learning_rate=args.lr, per_device_train_batch_size=args.batch_size,
+        output_dir=str(folder), learning_rate=args.lr, ddp_broadcast_buffers=False,
+        per_device_train_batch_size=part, per_device_eval_batch_size=part,
+        average_tokens_across_devices=model.get_output_embeddings() is not None,
         num_train_epochs=args.epochs, max_steps=args.max_steps or -1, max_grad_norm=0.0, weight_decay=0.0, seed=args.seed,
         bf16=args.bf16, report_to=[], logging_nan_inf_filter=False, dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     if getattr(model, "is_quantized", False):
         model._hf_peft_config_loaded = True  # the Trainer trains no quantised model without an adapter; it has one
+    shard = shard and accelerate.PartialState().num_processes > 1
+    for module in [*model.modules()] if shard else ():
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module)
+    if shard:
+        fully_shard(model)
     trainer = SparseGradTrainer(
         model, transformers.TrainingArguments(**arguments | (training or {})), data_collator=collate,
         train_dataset=data["train"], eval_dataset=dev["dev"] if list(dev) == ["dev"] else dev,
         optimizers=(make_optimizer(model, args), None), callbacks=[measure, *callbacks], **options,
     )  # fmt: skip
+    if shard:
+        trainer.accelerator.prepare_model(model, evaluation_mode=True)  # autocast alone: else it would wrap the shards in DDP
     trainer.measure = measure
     return trainer
 
@@ -505,7 +575,7 @@ def train(trainer: SparseGradTrainer, args: argparse.Namespace) -> None:
     folder, state = pathlib.Path(trainer.args.output_dir), None
     checkpoint = transformers.trainer_utils.get_last_checkpoint(folder)
     if checkpoint:
-        check_checkpoint(pathlib.Path(checkpoint), trainer.args.world_size)
+        check_checkpoint(pathlib.Path(checkpoint))
         state = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         if state.best_model_checkpoint:
             load_tensors(pathlib.Path(state.best_model_checkpoint) / TRAINED)
@@ -524,14 +594,17 @@ def train(trainer: SparseGradTrainer, args: argparse.Namespace) -> None:
         signal.signal(signal.SIGINT, before)
     if trainer.measure.interrupted:
         on = f"go on with: python {sys.argv[0]} --resume {args.output_dir}"
-        print(f"interrupted at step {trainer.state.global_step}; {on}", file=sys.stderr)
+        print(f"interrupted at step {trainer.state.global_step}; {on}" * FIRST, file=sys.stderr)
         sys.exit(130)
     save_adapter(trainer.model, folder)
 
 
-def check_checkpoint(folder: pathlib.Path, processes: int) -> None:
+def check_checkpoint(folder: pathlib.Path) -> None:
     """UserError if a file is not there or not whole: the Trainer goes on without some of them."""
-    random = [f"rng_state_{i}.pth" for i in range(processes)] if processes > 1 else ["rng_state.pth"]
+    processes = len(list(folder.glob("rng_state_*.pth")))  # 0: one alone
+    random = [f"rng_state_{i}.pth" for i in range(processes)] or ["rng_state.pth"]
+    if max(processes, 1) != accelerate.PartialState().num_processes:
+        print("note:  another number of processes than before: dropout is drawn anew")
     for path in map(folder.joinpath, (*CHECKPOINT, *random)):
         try:
             if path.suffix == ".safetensors":
@@ -565,7 +638,7 @@ def finish(trainer: SparseGradTrainer, args: argparse.Namespace, info: dict, use
     }  # fmt: skip
     if args.merge:
         for part in (merge(model, model.dtype), tokenizer):
-            if part is not None:
+            if part is not None and FIRST:
                 part.save_pretrained(args.merge)
     results |= provenance()
     write_json(pathlib.Path(trainer.args.output_dir) / "results.json", results)
@@ -585,7 +658,8 @@ def provenance() -> dict:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu, "system": platform.system()}
+    processes = accelerate.PartialState().num_processes
+    machine = {"cpu": cpu, "threads": torch.get_num_threads(), "processes": processes, "gpu": gpu, "system": platform.system()}
     return {"versions": {"python": platform.python_version(), **versions}, "git_commit": commit, "machine": machine}
 
 

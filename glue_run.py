@@ -14,6 +14,7 @@ import statistics
 import datasets
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -264,9 +265,10 @@ def tokenize(rows: datasets.Dataset, tokenizer, by_length: bool) -> datasets.Dat
 
 
 def glue_metrics(names: list[str], prediction) -> dict[str, float]:
-    """GLUE's metrics of a transformers EvalPrediction, by scikit-learn and SciPy."""
+    """GLUE's metrics of a transformers EvalPrediction, by scikit-learn and SciPy, and the loss over all rows, in place of
+    the Trainer's own, which averages over batches, whatever they hold."""
     scores, labels = np.squeeze(prediction.predictions), prediction.label_ids
-    guesses = scores.argmax(-1) if scores.ndim == 2 else scores
+    guesses, loss = (scores.argmax(-1), F.cross_entropy) if scores.ndim == 2 else (scores, F.mse_loss)
     measures = {
         "accuracy": accuracy_score,
         "f1": f1_score,
@@ -274,7 +276,8 @@ def glue_metrics(names: list[str], prediction) -> dict[str, float]:
         "pearson": lambda labels, guesses: pearsonr(labels, guesses).statistic,
         "spearman": lambda labels, guesses: spearmanr(labels, guesses).statistic,
     }
-    return {name: float(measures[name](labels, guesses)) for name in names}
+    measured = {name: float(measures[name](labels, guesses)) for name in names}
+    return measured | {"loss": loss(torch.tensor(scores), torch.tensor(labels)).item()}
 
 
 def report(args, folder: pathlib.Path, runs: list[dict], stand_in: str) -> None:

@@ -18,6 +18,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Collection, Iterator
 
+import accelerate
 import datasets
 import jinja2
 import torch
@@ -92,11 +93,11 @@ def fine_tune(args, folder: pathlib.Path, tokenizer, data: dict[str, datasets.Da
     steps = args.max_steps or max(1, math.ceil(steps))
     every = max(1, math.ceil(steps / 4))
     trainer = finetune.make_trainer(
-        model, args, folder, data, collate,
+        model, args, folder, data, collate, shard=args.fsdp,
         training=dict(
             lr_scheduler_type="cosine", warmup_steps=min(50, math.ceil(steps / 10)), logging_steps=max(1, every // 2),
             eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
-            gradient_accumulation_steps=args.gradient_accumulation, per_device_eval_batch_size=args.batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation,
             eval_on_start=not any(folder.glob("checkpoint-*")),
         ),
         compute_metrics=language_metrics, preprocess_logits_for_metrics=token_losses,
@@ -128,6 +129,7 @@ def parse():
     add("--every", type=int, default=3, help="train each N-th block, from the first; default 3", metavar="N")
     add("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights; default bfloat16 on CUDA, else float32")
     add("--load-in-4bit", action="store_true", help="frozen weights in 4 bits, by bitsandbytes")
+    add("--fsdp", action="store_true", help="shard the model over the processes that torchrun starts, by FSDP2")
     add("--gradient-checkpointing", action="store_true", help="keep less from forward to backward, compute it again")
     add("--gradient-accumulation", type=int, default=1, help="batches a step adds up")
     add("--sample", metavar="PROMPT", action="append", default=[], help="print the base and the tuned model's answer; repeatable")
@@ -147,6 +149,11 @@ def parse():
     if args.method == "lora" and args.rank is None and args.k is None:
         args.rank = LORA_RANK
     finetune.check_options(parser, args, min(K, args.rank**2) if args.method == "sparsegrad" and args.rank else K)
+    whole = args.support == "fixed" or args.k == 1.0 or (args.rank and args.k == args.rank**2 and args.sides == "both")
+    if args.fsdp and (args.method == "meprop" or (args.method == "sparsegrad" and not whole)):
+        parser.error("--fsdp shards the cores, and the k largest entries of a shard are not the core's: pass --support fixed")
+    if args.fsdp and (args.merge or args.load_in_4bit or accelerate.PartialState().num_processes == 1):
+        parser.error("--fsdp needs several processes (torchrun --nproc-per-node 2 ...), no --merge and no --load-in-4bit")
     args.max_length = args.max_length or MAX_LENGTH
     args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS
     args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")

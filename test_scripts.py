@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import os
 import pathlib
 import runpy
 import shutil
@@ -351,6 +352,91 @@ def test_resuming_comes_to_the_same(name, step, ran, home, monkeypatch):
     assert scores[0] == scores[1]
     for file in (finetune.TRAINED, finetune.ADAPTER, "adapter_model.safetensors"):
         assert tensors(folder, file) == tensors(straight.folder, file)
+
+
+SHARED_OUT = {  # runs for one process, and for two
+    "glue ft": "", "glue lora": "--rank 2", "glue meprop": "--k 100", "glue sparsegrad": "--rank 4 --k 12",
+    "glue sparsegrad fixed": "--support fixed --rank 4 --k 12", "llama lora": "--rank 2", "llama meprop": "--k 100",
+    "llama sparsegrad": "--rank 4 --k 12 --share layer", "llama sparsegrad fixed": "--support fixed --rank 4 --k 12",
+    "llama ft fsdp": "", "llama lora fsdp": "--rank 2", "llama sparsegrad fsdp": "--rank 4 --share layer --dtype float32",
+    "llama sparsegrad fixed fsdp": "--support fixed --rank 4 --k 12",
+}  # fmt: skip
+
+
+def shared_out(name, home):
+    script, method, *_ = name.split()
+    words = f"--model {home}/Llama-2-tiny --method {method} --lr 1e-3 --epochs 2 {SHARED_OUT[name]} "
+    words += f"--task sst2 --data {home}/glue --batch-size 8" * (script == "glue")
+    words += f"--data {home}/talks.jsonl --gradient-accumulation 2 --max-train-samples 12 --sample hi" * (script == "llama")
+    return words.split() + ["--max-new-tokens", "4"] * (script == "llama")
+
+
+def process():
+    """What each process does that torchrun starts in the test below."""
+    from torch.distributed.tensor import DTensor
+
+    torch.set_num_threads(1)
+    start = finetune.train
+
+    def train(trainer, args):
+        sharded = {isinstance(p, DTensor) for p in trainer.model.parameters()}
+        assert sharded == {getattr(args, "fsdp", False)} and (trainer.model is trainer.model_wrapped)
+        start(trainer, args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "train", train)
+        if not finetune.FIRST:
+            for part, name in (
+                (finetune, "save_file"),
+                (pathlib.Path, "write_text"),
+                (transformers.PreTrainedModel, "save_pretrained"),
+            ):
+                patch.setattr(part, name, None)  # the first alone writes
+        for script, press, *options in json.loads(pathlib.Path(sys.argv[1]).read_text()):
+            with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+                patch.setattr(sys, "argv", [script, *options])
+                if press == "error" and not finetune.FIRST:
+                    raise finetune.UserError("only here")
+                if press and not finetune.FIRST:
+                    press_at(press, patch)
+                {"glue": glue_run, "llama": llama_run}[script].main()
+
+
+def test_two_processes_come_to_what_one_comes_to(home):
+    together, scripts = [], {"glue": glue_run, "llama": llama_run}
+    for name in SHARED_OUT:
+        script, options = name.split()[0], shared_out(name, home)
+        assert call(scripts[script], *options, "--output-dir", f"one/{name}")[0] == 0
+        merges = [] if "fsdp" in name else ["--merge", f"two/{name}/plain"]
+        together.append([script, None, *options, "--output-dir", f"two/{name}", *["--fsdp"] * ("fsdp" in name), *merges])
+    fixed = shared_out("llama sparsegrad fixed", home)
+    with pytest.MonkeyPatch.context() as patch:  # begun by one, and gone on with by two
+        press_at(3, patch)
+        assert call(llama_run, *fixed, "--output-dir", "two/one first")[0] == 130
+    together.append(["llama", None, "--resume", "two/one first"])
+    together.append(["llama", 3, *fixed, "--fsdp", "--output-dir", "two/two first"])  # Ctrl-C reaches the second
+    together.append(["llama", "error"])
+    pathlib.Path("runs.json").write_text(json.dumps(together))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", HERE / "test_scripts.py", "runs.json"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*map(str, torchrun)], capture_output=True, text=True, timeout=200, env=env)
+    assert done.returncode == 1 and done.stderr.count("error: only here") == done.stderr.count("error:") == 1, done.stderr
+    assert done.stdout.count("\nwritten ") == len(SHARED_OUT) + 1 and done.stderr.count("interrupted at step 4;") == 1
+    code, out, err = call(llama_run, "--resume", "two/two first")
+    assert code == 0 and "resuming from checkpoint-4 ..." in out and "note:  another number of processes" in out, err
+    for name in (*SHARED_OUT, "one first", "two first"):
+        one = pathlib.Path("one", name if name in SHARED_OUT else "llama sparsegrad fixed")
+        two = pathlib.Path("two", name)
+        a, b = results(one), results(two)
+        for key in ("steps", "trainable_parameters", "touched_entries", "samples", "linears", "basis_steps"):
+            assert a.get(key) == b.get(key), (name, key)
+        assert [e["step"] for e in a["evaluations"]] == [e["step"] for e in b["evaluations"]]
+        for x, y in zip((*a["evaluations"], a["metrics"]), (*b["evaluations"], b["metrics"])):
+            for key in (key for key in x if key.startswith("eval_") and "second" not in key and "runtime" not in key):
+                assert x[key] == pytest.approx(y[key], rel=1e-5), (name, key)
+        assert {file.name for file in one.iterdir()} == {file.name for file in two.iterdir()} - {"plain"}
+        for file in one.rglob("*.safetensors"):
+            torch.testing.assert_close(load_file(two / file.relative_to(one)), load_file(file), rtol=0, atol=5e-5)
 
 
 def test_paper_early_stopping_three_seeds_and_its_resume(home, monkeypatch):
@@ -913,3 +999,7 @@ def test_the_stand_in_of_llama_run(monkeypatch):
     assert all("Paris" in results("out")["samples"][0][key] for key in ("base", "tuned"))
     assert sum(t.numel() for t in load_file("plain/model.safetensors").values()) == 134_515_008
     assert not hasattr(transformers.AutoConfig.from_pretrained("plain"), "quantization_config")  # the GGUF's
+
+
+if __name__ == "__main__":
+    finetune.run_script(process)
