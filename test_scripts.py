@@ -376,6 +376,7 @@ def process():
     from torch.distributed.tensor import DTensor
 
     torch.set_num_threads(1)
+    gc.freeze()
     start = finetune.train
 
     def train(trainer, args):
