@@ -104,6 +104,10 @@ def share_or_count(text: str) -> float | int:
 
 def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
     """The options of both scripts; `k` is the default of `--k`. None stands for "not given"."""
+    parser.epilog = (
+        f"On several devices: torchrun --nproc-per-node N {sys.argv[0]} ... does what one process does, and --resume "
+        "may go on with another N. The processes share out a step's rows, the bases and the evaluation. The first writes."
+    )
     add = parser.add_argument
     add("--method", choices=METHODS, default="sparsegrad")
     add("--k", type=share_or_count, help=f"entries of each layer that a step updates: a share or a count; default {k}")
@@ -115,7 +119,7 @@ def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
     add("--basis-lr", type=float, default=5e-5, help="their learning rate, default 5e-5; 0: the pretrained weights', less memory")
     add("--lr", type=float, help="learning rate; default by method and model")
     add("--adaptivity", type=float, default=1.0, help="SparseGradAdamW's, for the cores, 0 to 1; 1: Adam")
-    add("--batch-size", type=int, help="rows a step, shared by the processes that torchrun starts")
+    add("--batch-size", type=int, help="rows a step, of all processes together")
     add("--epochs", type=float, help="passes over the training rows")
     add("--max-steps", type=int, help="stop after so many steps, whatever --epochs says")
     add("--max-train-samples", type=int, help="train on so many rows, drawn by the seed")
@@ -222,12 +226,14 @@ def hub_reachable(seconds: float = 3.0) -> bool:
         return False
 
 
-def missing(args: argparse.Namespace) -> list[str]:
-    """Which of "model" and "data" something else must stand in for. Sets `args.hub`, whether the hub is to be asked."""
+def stand_in(args: argparse.Namespace, of: str) -> str:
+    """What to tell if something else must stand in for the model or the data `of` the paper; "" if nothing must. Sets
+    `args.hub`, whether the hub is to be asked."""
     if args.hub is None:  # else a resumed run, what it was begun with
         local = args.data is not None and args.model is not None and os.path.exists(args.model)
         args.hub = not local and in_any_process(hub_reachable())
-    return [what for what in ("model", "data") if getattr(args, what) is None and not args.hub]
+    missing = " and ".join(what for what in ("model", "data") if getattr(args, what) is None and not args.hub)
+    return missing and f"stand-in {missing}, for want of a hub: these are not the numbers of {of}"
 
 
 def from_pretrained(auto_class, name: str, hub: bool, dtype: torch.dtype | None = None, **options):
@@ -552,12 +558,9 @@ def make_trainer(
     )  # fmt: skip
     if getattr(model, "is_quantized", False):
         model._hf_peft_config_loaded = True  # the Trainer trains no quantised model without an adapter; it has one
-    shard = shard and accelerate.PartialState().num_processes > 1
-    for module in [*model.modules()] if shard else ():
-        if type(module).__name__ in model._no_split_modules:
+    if shard := shard and accelerate.PartialState().num_processes > 1:
+        for module in [*(m for m in model.modules() if type(m).__name__ in model._no_split_modules), model]:
             fully_shard(module)
-    if shard:
-        fully_shard(model)
     trainer = SparseGradTrainer(
         model, transformers.TrainingArguments(**arguments | (training or {})), data_collator=collate,
         train_dataset=data["train"], eval_dataset=dev["dev"] if list(dev) == ["dev"] else dev,

@@ -66,9 +66,7 @@ K = 0.01  # section 5.1
 
 def main() -> None:
     args = finetune.resumed(parse())
-    missing = finetune.missing(args)
-    whose = f"these are not {'GLUE' if 'data' in missing else 'BERT'}'s numbers"
-    stand_in = f"stand-in {' and '.join(missing)}, for want of a hub: {whose}" if missing else ""
+    stand_in = finetune.stand_in(args, "BERT on GLUE")
     model_name, model_note = find_model(args.model, args.hub)
     splits, data_note = load_data(args)
     print(f"model: {model_note}\ndata:  {data_note}" + f"\nnote:  {stand_in}" * bool(stand_in))
@@ -277,7 +275,7 @@ def glue_metrics(names: list[str], prediction) -> dict[str, float]:
         "spearman": lambda labels, guesses: spearmanr(labels, guesses).statistic,
     }
     measured = {name: float(measures[name](labels, guesses)) for name in names}
-    return measured | {"loss": loss(torch.tensor(scores), torch.tensor(labels)).item()}
+    return measured | {"loss": loss(torch.tensor(scores).float(), torch.tensor(labels)).item()}
 
 
 def report(args, folder: pathlib.Path, runs: list[dict], stand_in: str) -> None:

@@ -58,9 +58,7 @@ LLAMA2_TEMPLATE = """
 
 def main() -> None:
     args = finetune.resumed(parse())
-    missing = finetune.missing(args)
-    whose = "these are not the numbers of LLaMA-2 on OpenAssistant"
-    stand_in = f"stand-in {' and '.join(missing)}, for want of a hub: {whose}" if missing else ""
+    stand_in = finetune.stand_in(args, "LLaMA-2 on OpenAssistant")
     name = model_name(args)
     trees, valid_trees, data_note = load_trees(args)
     questions = read_questions(args.mt_bench) if args.mt_bench else []
@@ -129,7 +127,9 @@ def parse():
     add("--every", type=int, default=3, help="train each N-th block, from the first; default 3", metavar="N")
     add("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights; default bfloat16 on CUDA, else float32")
     add("--load-in-4bit", action="store_true", help="frozen weights in 4 bits, by bitsandbytes")
-    add("--fsdp", action="store_true", help="shard the model over the processes that torchrun starts, by FSDP2")
+    add(
+        "--fsdp", action="store_true", help="shard the model over the processes (FSDP2), once it was loaded, and bases found, whole"
+    )
     add("--gradient-checkpointing", action="store_true", help="keep less from forward to backward, compute it again")
     add("--gradient-accumulation", type=int, default=1, help="batches a step adds up")
     add("--sample", metavar="PROMPT", action="append", default=[], help="print the base and the tuned model's answer; repeatable")

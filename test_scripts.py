@@ -394,7 +394,9 @@ def process():
             ):
                 patch.setattr(part, name, None)  # the first alone writes
         for script, press, *options in json.loads(pathlib.Path(sys.argv[1]).read_text()):
-            with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+            refused = pytest.raises(finetune.UserError, match="--batch-size 3 is shared by 2 processes: pass a multiple")
+            ends = refused if "3" in options else contextlib.suppress(SystemExit)
+            with pytest.MonkeyPatch.context() as patch, ends:
                 patch.setattr(sys, "argv", [script, *options])
                 if press == "error" and not finetune.FIRST:
                     raise finetune.UserError("only here")
@@ -416,7 +418,7 @@ def test_two_processes_come_to_what_one_comes_to(home):
         assert call(llama_run, *fixed, "--output-dir", "two/one first")[0] == 130
     together.append(["llama", None, "--resume", "two/one first"])
     together.append(["llama", 3, *fixed, "--fsdp", "--output-dir", "two/two first"])  # Ctrl-C reaches the second
-    together.append(["llama", "error"])
+    together += [["llama", None, *fixed, "--batch-size", "3"], ["llama", "error"]]
     pathlib.Path("runs.json").write_text(json.dumps(together))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", HERE / "test_scripts.py", "runs.json"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -520,6 +522,8 @@ BAD_INPUT = [
     (TASK, "--data label", "line 3: the label is 'b', where it should be one of 0, 1", ["sentence\tlabel", "a\t1", "a\tb"]),
     (TASK, "--data latin", "SST-2/train.tsv cannot be read", b"sentence\tlabel\n\xff\t1\n"),
     (TALKS, "--method ft --load-in-4bit", "--load-in-4bit freezes the weights that --method ft would train"),
+    (TALKS, "--fsdp --rank 8 --k 10", "--fsdp shards the cores, and the k largest entries of a shard are not the core's"),
+    (TALKS, "--fsdp --method lora", "--fsdp needs several processes (torchrun --nproc-per-node 2 ...)"),
     (TALKS, "--max-length 4000 --rank 9", "--max-length 4000 is beyond this model, which takes 2048 tokens"),
     (TALKS, "--max-new-tokens 9", "--max-new-tokens is of no use without --sample or --mt-bench"),
     (TALKS, "--held-out 13", "there are 13 training trees, and some must be left"),
@@ -620,10 +624,11 @@ def test_held_out_rows_are_not_trained_on(task, home):
 
 def test_metrics_are_glues():
     two = argparse.Namespace(predictions=np.array([[0, 1], [0, 1], [1, 0], [1, 0], [0, 1]]), label_ids=np.array([1, 0, 1, 0, 1]))
-    expected = {"accuracy": 0.6, "f1": 2 / 3, "matthews": 1 / 6}
-    assert glue_run.glue_metrics([*expected], two) == pytest.approx(expected)
+    expected = {"accuracy": 0.6, "f1": 2 / 3, "matthews": 1 / 6, "loss": 0.713262}
+    assert glue_run.glue_metrics(["accuracy", "f1", "matthews"], two) == pytest.approx(expected, abs=1e-5)
     score = argparse.Namespace(predictions=np.array([[1.0], [2.0], [9.0]]), label_ids=np.array([1.0, 2.0, 3.0]))
-    assert glue_run.glue_metrics(["pearson", "spearman"], score) == pytest.approx({"pearson": 0.917663, "spearman": 1.0})
+    expected = {"pearson": 0.917663, "spearman": 1.0, "loss": 12.0}
+    assert glue_run.glue_metrics(["pearson", "spearman"], score) == pytest.approx(expected)
 
 
 def test_batches_are_shuffled_by_seed_and_epoch_and_alike_in_length():
@@ -976,11 +981,11 @@ def test_the_stand_in_of_glue_run(home):
     words = "--task sst2 --max-steps 1 --max-train-samples 16 --batch-size 8 --basis-steps 1 --held-out 8 --output-dir out"
     code, out, err = call(glue_run, *words.split())
     assert code == 0 and out.startswith("model: sentence-transformers/all-MiniLM-L6-v2 (package"), err
-    assert "Rotten Tomatoes" in out.splitlines()[1] and "not GLUE's numbers" in out.splitlines()[2]
+    assert "Rotten Tomatoes" in out.splitlines()[1] and out.splitlines()[2].endswith("these are not the numbers of BERT on GLUE")
     assert results("out")["used"]["stand_in"] is True and results("out")["linears"] == 12
     assert "stand-in" in out.split("task, method")[1].splitlines()[0]
     words = f"--task sst2 --data {home}/glue --method meprop --k 9999999"  # too many
-    assert "note:  stand-in model, for want of a hub: these are not BERT's numbers" in call(glue_run, *words.split())[1]
+    assert "note:  stand-in model, for want of a hub: these are not the numbers of BERT" in call(glue_run, *words.split())[1]
     first, again = glue_run.rotten_tomatoes(), glue_run.rotten_tomatoes()
     assert len(first["train"]) == 7530 and len(first["dev"]) == 1000 and first["dev"]["text"][:] == again["dev"]["text"][:]
     assert 400 < sum(first["dev"]["label"]) < 600 and len(set(first["train"]["text"]) & set(first["dev"]["text"])) < 5
