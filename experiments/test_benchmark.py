@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import sparsegrad
-from experiments import benchmark
+from experiments import benchmark, processes
 
 SMALL = ["--arch", "minilm", "--layers", "1", "--batch", "2", "--seq", "16", "--repeats", "2", "--warmup", "1", "--basis-steps"]
 EVERY = ["frozen", "ft", "lora", "shira", "meprop", "sparsegrad:narrow:rank=8:k=all", "sparsegrad:rank=8"]
@@ -41,6 +41,21 @@ def test_the_tables_of_speed_md_are_those_of_the_stored_lines():
         first, *names = what.split()
         made = benchmark.compare([lines[name] for name in names]) if first == "--compare" else benchmark.table(lines[first])
         assert text.startswith(made + "\n\n"), what
+
+
+def test_the_tables_of_several_processes_are_those_of_the_stored_file():
+    for name, table in processes.tables(json.loads(processes.FILE.read_text(encoding="utf-8"))).items():
+        assert f"<!-- processes: {name} -->\n{table}\n\n" in SPEED, name
+
+
+def test_what_is_sharded_is_all_but_the_buffers():
+    config = transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=1, vocab_size=10
+    )
+    model = transformers.LlamaForCausalLM(config).requires_grad_(False)
+    block = 4 * (4 * 8 * 8 + 3 * 8 * 16 + 2 * 8)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)  # 128 numbers, their gradients and moments
+    assert processes.sizes(model) == (2 * block + 4 * (2 * 80 + 8) + 3 * 4 * 128, sum(b.nbytes for b in model.buffers()), block)
 
 
 def test_the_memory_of_whole_runs_is_that_of_the_claim():
