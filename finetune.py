@@ -73,7 +73,7 @@ def run_script(main: Callable[[], None]) -> None:
 def fail(message: str, code: int = 2) -> NoReturn:
     """End in one line. What all processes find is said by the first, and the launcher ends the others as they wait."""
     if not FIRST:
-        time.sleep(5)
+        time.sleep(3)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
