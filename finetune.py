@@ -361,15 +361,14 @@ def add_peft(model: nn.Module, config, names: list[str]) -> None:
         p.requires_grad_(flag)
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer | None:
-    """SparseGradAdamW, a group of the cores, then one of all else that trains, which may be nothing. None, the Trainer's
-    own, for a method without cores."""
+def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+    """SparseGradAdamW, a group of the cores, then one of all else that trains, if any. AdamW for a method without."""
     cores = dict.fromkeys(layer.core for layer in sparsegrad.sparsegrad_layers(model).values())
-    if not cores:
-        return None
     others = [p for p in model.parameters() if p.requires_grad and p not in cores]
+    if not cores:
+        return torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, fused=True)
     groups = [{"params": [*cores], "adaptivity": args.adaptivity}, {"params": others}]
-    return sparsegrad.SparseGradAdamW(groups, lr=args.lr, weight_decay=0.0)
+    return sparsegrad.SparseGradAdamW([group for group in groups if group["params"]], lr=args.lr, weight_decay=0.0)
 
 
 # ----------------------------------------------------------------------- adapters, merging
@@ -608,6 +607,8 @@ def check_checkpoint(folder: pathlib.Path) -> None:
     random = [f"rng_state_{i}.pth" for i in range(processes)] or ["rng_state.pth"]
     if max(processes, 1) != accelerate.PartialState().num_processes:
         print("note:  another number of processes than before: dropout is drawn anew")
+        if transformers.__version__ < "5":  # it would take each process's rows from the checkpoint
+            raise UserError(f"transformers 4 resumes by the same number of processes only, {max(processes, 1)}")
     for path in map(folder.joinpath, (*CHECKPOINT, *random)):
         try:
             if path.suffix == ".safetensors":
