@@ -6,6 +6,7 @@ a model, measures time and memory, goes on with an interrupted run, and writes w
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -64,9 +65,14 @@ def run_script(main: Callable[[], None]) -> None:
         processes.destroy_process_group()
     except (ValueError, OSError) as error:  # those of sparsegrad.py and of the libraries say what is wrong, too
         fail(" ".join(str(error).split()), 3 if isinstance(error, Diverged) else 2)
+    except RuntimeError as error:
+        if "closed by peer" not in str(error):
+            raise
+        os._exit(2)  # another process has failed, and says why
     except KeyboardInterrupt:
         told = "\ninterrupted; --resume DIR goes on from the last checkpoint in the run's folder, if it has one"
-        print(told * FIRST, file=sys.stderr)
+        if FIRST:
+            print(told, file=sys.stderr)
         sys.exit(130)
 
 
@@ -74,7 +80,9 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """End in one line. What all processes find is said by the first, and the launcher ends the others as they wait."""
     if not FIRST:
         time.sleep(3)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if "RANK" in os.environ:  # at once
+        os._exit(code)
     sys.exit(code)
 
 
@@ -106,7 +114,8 @@ def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
     """The options of both scripts; `k` is the default of `--k`. None stands for "not given"."""
     parser.epilog = (
         f"On several devices: torchrun --nproc-per-node N {sys.argv[0]} ... does what one process does, and --resume "
-        "may go on with another N. The processes share out a step's rows, the bases and the evaluation. The first writes."
+        "may go on with another N. The processes share out a step's rows, the bases and the evaluation. The first writes. "
+        "After Ctrl-C torchrun leaves them 30 seconds to end their step."
     )
     add = parser.add_argument
     add("--method", choices=METHODS, default="sparsegrad")
@@ -312,9 +321,8 @@ def apply_method(
         bases = None
         if args.method == "sparsegrad":
             start, order = time.perf_counter(), torch.Generator().manual_seed(args.seed)
-            here, world = accelerate.PartialState().process_index, accelerate.PartialState().num_processes
             batches = torch.utils.data.DataLoader(
-                rows, args.batch_size, shuffle=True, generator=order, collate_fn=lambda batch: collate(batch[here::world])
+                rows, args.batch_size, shuffle=True, generator=order, collate_fn=lambda batch: collate(part(batch))
             )
             info["basis_steps"] = min(args.basis_steps, len(rows) // args.batch_size or 1)  # one pass at most
             print(f"bases: {info['basis_steps']} steps of back-propagation, then HOSVD ...", flush=True)
@@ -336,12 +344,22 @@ def apply_method(
     return info
 
 
-def loss_of_part(model: nn.Module, batch: dict) -> torch.Tensor:
-    """The loss of this process's part of a batch, weighted by the labels in it: the mean over processes is the batch's."""
-    batch = {key: value.to(model.device) for key, value in batch.items()}
-    labels = batch["labels"][:, 1:] if batch["labels"].dim() == 2 else batch["labels"]  # a language model's first is unused
+def part(batch: list) -> list:
+    """The rows of a batch that are this process's: one of some other's, if there are too few."""
+    processes = accelerate.PartialState()
+    return batch[processes.process_index :: processes.num_processes] or batch[:1]
+
+
+def weight(labels: torch.Tensor) -> torch.Tensor:
+    """Of the loss of this process's part of a batch, so that the mean over processes is the loss of the batch."""
+    labels = labels[:, 1:] if labels.dim() == 2 else labels  # a language model does not predict the first
     count = (labels != -100).sum()
-    return model(**batch).loss * (count / accelerate.utils.reduce(count.float(), "mean"))
+    return count / accelerate.utils.reduce(count.float(), "mean")
+
+
+def loss_of_part(model: nn.Module, batch: dict) -> torch.Tensor:
+    batch = {key: value.to(model.device) for key, value in batch.items()}
+    return model(**batch).loss * weight(batch["labels"])
 
 
 def lora_rank(linears: Iterable[nn.Module], entries: int) -> int:
@@ -457,6 +475,19 @@ class SparseGradTrainer(transformers.Trainer):
         lengths = [len(ids) for ids in rows["input_ids"]]
         return LengthGroupedSampler(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed, self.state)
 
+    def get_train_dataloader(self):
+        """Accelerate's own would fill up the last batch of an epoch, where the rows are too few for all processes."""
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        rows, size = self.train_dataset, self.args.train_batch_size * self.args.world_size
+        sampler, collate = self._get_train_sampler(), self.data_collator
+        return torch.utils.data.DataLoader(rows, size, sampler=sampler, collate_fn=lambda batch: collate(part(batch)))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        counted = self.args.average_tokens_across_devices  # then the Trainer weights by tokens
+        return loss if return_outputs or counted else loss * weight(inputs["labels"])
+
     def save_model(self, output_dir=None, _internal_call=False):
         folder = pathlib.Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -490,7 +521,7 @@ class Measure(transformers.TrainerCallback):
     the step finished and a checkpoint written."""
 
     def __init__(self):
-        self.seconds, self.steps, self.interrupted = 0.0, 0, False
+        self.seconds, self.steps, self.pressed, self.interrupted = 0.0, 0, False, False
 
     def _now(self) -> float:
         if torch.cuda.is_available():
@@ -509,7 +540,7 @@ class Measure(transformers.TrainerCallback):
         if state.global_step > self.started + FIRST_STEPS:
             self.seconds += self._now() - self.begin
             self.steps += 1
-        self.interrupted = in_any_process(self.interrupted)
+        self.interrupted = in_any_process(self.pressed)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
@@ -523,10 +554,11 @@ class Measure(transformers.TrainerCallback):
                 raise Diverged(f"{key} is {logs[key]} at step {state.global_step}: lower --lr (it is {args.learning_rate:g})")
 
     def on_interrupt(self, signum, frame):
-        if self.interrupted:
+        if self.pressed:
             raise KeyboardInterrupt
-        self.interrupted = True
-        print("\nstopping after this step (Ctrl-C again: at once) ..." * FIRST, file=sys.stderr, flush=True)
+        self.pressed = True
+        if FIRST:
+            print("\nstopping after this step (Ctrl-C again: at once) ...", file=sys.stderr, flush=True)
 
     def result(self) -> dict:
         rate = {"steps_per_second": round(self.steps / self.seconds, 3) if self.steps else None}
@@ -566,7 +598,8 @@ def make_trainer(
         optimizers=(make_optimizer(model, args), None), callbacks=[measure, *callbacks], **options,
     )  # fmt: skip
     if shard:
-        trainer.accelerator.prepare_model(model, evaluation_mode=True)  # autocast alone: else it would wrap the shards in DDP
+        prepare = trainer.accelerator.prepare_model  # autocast alone: else it would wrap the shards in DDP
+        trainer.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True, device_placement=False)
     trainer.measure = measure
     return trainer
 
@@ -595,8 +628,10 @@ def train(trainer: SparseGradTrainer, args: argparse.Namespace) -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     if trainer.measure.interrupted:
-        on = f"go on with: python {sys.argv[0]} --resume {args.output_dir}"
-        print(f"interrupted at step {trainer.state.global_step}; {on}" * FIRST, file=sys.stderr)
+        accelerate.PartialState().wait_for_everyone()  # all have written
+        if FIRST:
+            on = f"go on with: python {sys.argv[0]} --resume {args.output_dir}"
+            print(f"interrupted at step {trainer.state.global_step}; {on}", file=sys.stderr)
         sys.exit(130)
     save_adapter(trainer.model, folder)
 

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+_joined = getattr(dist, "is_initialized", bool)  # bool() is False: torch built without it
 Targets = str | Iterable[str] | None  # see mlp_linears
 # ------------------------------------------------------------------ unfolding and HOSVD
 def unfold(tensor: Tensor, mode: int) -> Tensor:
@@ -154,7 +155,7 @@ def _gradients(model: nn.Module, batches: Iterable, names: list[str], n_steps: i
             loss = loss_fn(twin, batch)
             if loss.requires_grad:
                 loss.backward()
-        for core in cores.values() if dist.is_initialized() else ():  # of a part of the batch
+        for core in cores.values() if _joined() else ():  # of a part of the batch
             core.grad = torch.zeros_like(core) if core.grad is None else core.grad
             _sum(core.grad.div_(dist.get_world_size()))
         gradients = {name: core.grad for name, core in cores.items() if core.grad is not None}
@@ -168,7 +169,7 @@ def _gradients(model: nn.Module, batches: Iterable, names: list[str], n_steps: i
 
 def _sum(*tensors: Tensor) -> None:
     """Sum each over the processes of torch.distributed, if it was begun, in place."""
-    for tensor in tensors if dist.is_initialized() else ():
+    for tensor in tensors if _joined() else ():
         dist.all_reduce(tensor)
 
 def _with_gradient(module: nn.Module, args: tuple, y):  # as re-entrant checkpoints need inputs
@@ -197,7 +198,7 @@ def find_bases(model: nn.Module, batches: Iterable, target_modules: Targets = No
     sides: "both"; "narrow", only the shorter side of each weight (input, of a square one).
     rank: columns to keep a side; None, all of them (complete bases, as in the paper).
     loss_fn: `loss_fn(model, batch)`; default, `.loss` of `model(**batch)`.
-    Processes of torch.distributed call it together, each with its part of every batch.
+    All processes of torch.distributed must call it, each with its part of every batch.
     Raises ValueError for options or batches that do not fit, or gradients missing or not finite."""
     if share not in ("role", "layer") or sides not in ("both", "narrow"):
         raise ValueError(f"share={share!r}: 'role', 'layer'; sides={sides!r}: 'both', 'narrow'")
@@ -206,7 +207,7 @@ def find_bases(model: nn.Module, batches: Iterable, target_modules: Targets = No
         if rank is not None and not 1 <= rank <= min(shape):
             raise ValueError(f"rank is {rank}, but {name} {shape} has room for 1 to {min(shape)}")
     groups = {n: (_role(n), shape) if share == "role" else n for n, shape in shapes.items()}
-    here, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    here, world = (dist.get_rank(), dist.get_world_size()) if _joined() else (0, 1)
     sums = {}  # group -> scale (), and for U and V the Gram matrix of G / scale, or its diagonal
     for gradients in _gradients(model, batches, list(shapes), **options):
         for number, (name, G) in enumerate(gradients.items()):
@@ -260,8 +261,7 @@ def topk_coo(grad: Tensor, k: int) -> Tensor:
     index = flat.abs().topk(k, sorted=False).indices.sort().values  # row-major: coalesced order
     # Strided so on purpose: autograd hands contiguous indices on without the mark "coalesced".
     indices = torch.stack((index // columns, index % columns), dim=1).T  # (2, k)
-    # What torch.sparse_coo_tensor calls; that itself warns in torch 2.11, whatever one asks for.
-    return torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+    return torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(  # the public one warns in 2.11
         2, 0, grad.shape, indices, flat[index], dtype=grad.dtype, layout=torch.sparse_coo,
         device=grad.device, is_coalesced=True)
 

@@ -76,7 +76,7 @@ def search() -> dict[str, dict]:
     whole = batches(tokenizer, rotten_tomatoes()["train"].select(range(12 * 32)), 32)
     here, world = dist.get_rank(), dist.get_world_size()
     parts = [{key: value[here::world] for key, value in batch.items()} for batch in whole]
-    initialized, all_reduce, sent, found = dist.is_initialized, dist.all_reduce, [], {}
+    joined, all_reduce, sent, found = sparsegrad._joined, dist.all_reduce, [], {}
 
     def seconds(data, options) -> float:
         start = time.perf_counter()
@@ -86,10 +86,10 @@ def search() -> dict[str, dict]:
     for name, options in SEARCHES.items():
         found[name] = {"alone": [], "together": []}
         for _ in range(ROUNDS):
-            dist.is_initialized = lambda: False
+            sparsegrad._joined = lambda: False
             if here == 0:
                 found[name]["alone"].append(seconds(whole, options))
-            dist.is_initialized = initialized
+            sparsegrad._joined = joined
             dist.barrier()
             sent.clear()
             dist.all_reduce = lambda tensor: all_reduce(counted(sent, tensor))
