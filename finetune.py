@@ -322,7 +322,7 @@ def apply_method(
         if args.method == "sparsegrad":
             start, order = time.perf_counter(), torch.Generator().manual_seed(args.seed)
             batches = torch.utils.data.DataLoader(
-                rows, args.batch_size, shuffle=True, generator=order, collate_fn=lambda batch: collate(part(batch))
+                rows, args.batch_size, shuffle=True, generator=order, collate_fn=lambda batch: collate(own_rows(batch))
             )
             info["basis_steps"] = min(args.basis_steps, len(rows) // args.batch_size or 1)  # one pass at most
             print(f"bases: {info['basis_steps']} steps of back-propagation, then HOSVD ...", flush=True)
@@ -344,7 +344,7 @@ def apply_method(
     return info
 
 
-def part(batch: list) -> list:
+def own_rows(batch: list) -> list:
     """The rows of a batch that are this process's: one of some other's, if there are too few."""
     processes = accelerate.PartialState()
     return batch[processes.process_index :: processes.num_processes] or batch[:1]
@@ -481,7 +481,7 @@ class SparseGradTrainer(transformers.Trainer):
             return super().get_train_dataloader()
         rows, size = self.train_dataset, self.args.train_batch_size * self.args.world_size
         sampler, collate = self._get_train_sampler(), self.data_collator
-        return torch.utils.data.DataLoader(rows, size, sampler=sampler, collate_fn=lambda batch: collate(part(batch)))
+        return torch.utils.data.DataLoader(rows, size, sampler=sampler, collate_fn=lambda batch: collate(own_rows(batch)))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -577,11 +577,11 @@ def make_trainer(
     """A Trainer of `data["train"]` that evaluates on `data["dev"]`, or on all others by name. `training` are
     TrainingArguments beyond those that `args` sets, `options` the Trainer's. `shard`: FSDP2 over the processes, block by
     block; what trains stays in fp32, the frozen rest in its own dtype."""
-    part = args.batch_size // accelerate.PartialState().num_processes
+    size = args.batch_size // accelerate.PartialState().num_processes
     dev, measure = {split: rows for split, rows in data.items() if split != "train"}, Measure()
     arguments = dict(
         output_dir=str(folder), learning_rate=args.lr, ddp_broadcast_buffers=False,
-        per_device_train_batch_size=part, per_device_eval_batch_size=part,
+        per_device_train_batch_size=size, per_device_eval_batch_size=size,
         average_tokens_across_devices=model.get_output_embeddings() is not None,
         num_train_epochs=args.epochs, max_steps=args.max_steps or -1, max_grad_norm=0.0, weight_decay=0.0, seed=args.seed,
         bf16=args.bf16, report_to=[], logging_nan_inf_filter=False, dataloader_pin_memory=torch.cuda.is_available(),
@@ -675,9 +675,9 @@ def finish(trainer: SparseGradTrainer, args: argparse.Namespace, info: dict, use
         "trainable_parameters": summary.core + summary.dense, "touched_entries": summary.touched + summary.dense,
         "core_entries": summary.touched, **info, **extra, **measured,
     }  # fmt: skip
-    if args.merge:
+    if args.merge and FIRST:
         for part in (merge(model, model.dtype), tokenizer):
-            if part is not None and FIRST:
+            if part is not None:
                 part.save_pretrained(args.merge)
     results |= provenance()
     write_json(pathlib.Path(trainer.args.output_dir) / "results.json", results)

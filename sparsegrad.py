@@ -622,8 +622,8 @@ class SparseGradAdamW(torch.optim.AdamW):
 @register_optimizer_step_pre_hook
 def _refuse_other_optimizers(optimizer, args, kwargs) -> None:
     params = (p for group in optimizer.param_groups for p in group["params"])
-    cut = any(getattr(p, "cut_to", None) and p.grad is not None for p in params)
-    if cut and not isinstance(optimizer, SparseGradAdamW):
+    if not isinstance(optimizer, SparseGradAdamW) and any(
+            getattr(p, "cut_to", None) and p.grad is not None for p in params):
         raise RuntimeError("cut='step' needs SparseGradAdamW, another optimizer would train all of "
                            "a core: or patch with cut='backward', support='fixed' or k=None")
 

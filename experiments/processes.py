@@ -40,6 +40,11 @@ def counted(sent: list[int], tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def count_and_reduce(sent: list[int], bucket: dist.GradBucket):
+    counted(sent, bucket.buffer())
+    return allreduce_hook(None, bucket)
+
+
 def random_bases(model: nn.Module) -> dict[str, sparsegrad.Basis]:
     """Complete ones, of two shapes."""
     shapes = {name: sparsegrad.weight_shape(m) for name, m in sparsegrad.mlp_linears(model).items()}
@@ -59,9 +64,7 @@ def wire() -> dict[str, int]:
     for name in METHODS:
         model, _ = benchmark.build(base, list(bases), benchmark.Method(name), bases, args)
         together, sent = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False), []
-        together.register_comm_hook(
-            sent, lambda sent, bucket: counted(sent, bucket.buffer()) is not None and allreduce_hook(None, bucket)
-        )
+        together.register_comm_hook(sent, count_and_reduce)
         together(**batch).loss.backward()
         found[name] = sum(sent)
     return found
