@@ -314,6 +314,7 @@ def test_the_papers_settings(monkeypatch):
 def press_at(step, patch, nth=1):
     """Ctrl-C as this step begins for the nth time; if it is None, after the last."""
     if step is None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
         patch.setattr(finetune, "finish", lambda *args, **options: signal.raise_signal(signal.SIGINT))
     step_begin, begun = finetune.Measure.on_step_begin, []
 
