@@ -69,6 +69,8 @@ COMPARED = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "sparsegrad": "--method sparsegrad --k 0.01",
     "own": "--method sparsegrad --k 0.01 --share layer",
     "own, rank 128": "--method sparsegrad --k 0.01 --share layer --rank 128",
+    "cross": "--method sparsegrad --k 0.01 --share layer --rank 256 --support fixed",
+    "cross, complete": "--method sparsegrad --k 0.01 --share layer --support fixed",
     "narrow, all entries": "--method sparsegrad --k 1.0 --sides narrow --rank {}",
 }
 OWN = COMPARED["own, rank 128"]
