@@ -40,6 +40,12 @@ ADAPTER = "sparsegrad.safetensors"  # in the run's folder: bases and what traini
 TRAINED = "trained.safetensors"  # in a checkpoint: the parameters that train, as they are
 CHECKPOINT = (TRAINED, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "scipy", "scikit-learn", "bitsandbytes", "gguf")
+# The attention's linears of BERT, DistilBERT, ViT, LLaMA, T5 and GPT-2
+ATTENTION = (
+    r"(.*\.)?(attention\.((self|attention)\.)?(query|key|value)|attention\.output\.dense|attention\.(q|k|v|out)_lin"
+    r"|(self_attn|attention)\.[qkvo]_proj|(Self|EncDec)Attention\.[qkvo]|attn\.c_(attn|proj))"
+)
+HEAD_RATE = 1e-2  # of a classifier that trains alone
 FIRST_STEPS = 5  # left out of the steps per second: allocations and caches
 FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started: it writes, and it prints
 
@@ -119,6 +125,9 @@ def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
     )
     add = parser.add_argument
     add("--method", choices=METHODS, default="sparsegrad")
+    add(
+        "--target", choices=("mlp", "attention", "all"), default="mlp", help="which linears the method trains; the paper: the MLP's"
+    )
     add("--k", type=share_or_count, help=f"entries of each layer that a step updates: a share or a count; default {k}")
     add("--rank", type=int, help="sparsegrad: columns kept of each basis (default all); lora: its rank (default nearest to k)")
     add("--support", choices=("topk", "fixed"), default="topk", help="the k largest entries of each gradient, or k fixed ones")
@@ -144,7 +153,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, k: 
     """No option is ignored: one that the method has no use for is an error, and so is a number that makes no sense.
     Then fills in `k` if `--k` is not given."""
     for name, value in vars(args).items():
-        least = 0 if name in ("lr", "basis_lr", "adaptivity", "seed") else 1e-9
+        least = 0 if name in ("lr", "basis_lr", "adaptivity", "seed", "head_steps") else 1e-9
         most = 1 if name in ("adaptivity", "validation_share") else math.inf
         if type(value) in (int, float) and not least <= value <= most:
             parser.error(f"--{name.replace('_', '-')} is {value}: that is out of its range")
@@ -296,11 +305,10 @@ def apply_method(
     What trains is kept in fp32. `rows`, collated by `collate`, are what bases are found on. In `folder` it leaves what
     `--resume` needs, and takes the bases from there if a run is gone on with.
     """
-    weights, language_head = {f"{name}.weight" for name in linears}, model.get_output_embeddings()
+    weights, head = {f"{name}.weight" for name in linears}, head_parameters(model)
     for name, p in model.named_parameters():
-        head = not name.startswith(f"{model.base_model_prefix}.") and language_head is None
         if p.is_floating_point():
-            p.requires_grad_(head if args.freeze else name not in weights)
+            p.requires_grad_(name in head if args.freeze else name not in weights)
     folder.mkdir(parents=True, exist_ok=True)
     info, begun = {"linears": len(linears), "basis_seconds": 0.0}, transformers.trainer_utils.get_last_checkpoint(folder)
     if args.method == "ft":
@@ -342,6 +350,31 @@ def apply_method(
         save_adapter(model, folder)
     write_json(folder / "method.json", info)
     return info
+
+
+def target_linears(model: nn.Module, target: str) -> dict[str, nn.Module]:
+    """Name -> linear, of those that `--target` names."""
+    found = {} if target == "attention" else sparsegrad.mlp_linears(model)
+    return found if target == "mlp" else found | sparsegrad.mlp_linears(model, ATTENTION)
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What lies outside the pretrained trunk: a classifier's head. A language model's counts as trunk."""
+    outside = {name: p for name, p in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
+    return outside if model.get_output_embeddings() is None else {}
+
+
+def train_head(model: nn.Module, args: argparse.Namespace, folder: pathlib.Path, rows: Collection, collate, **training) -> None:
+    """Linear probing: the head alone trains for `args.head_steps`, before bases are found and the method begins. A run
+    that is gone on with has it in its checkpoint. `training`: TrainingArguments."""
+    if not args.head_steps or transformers.trainer_utils.get_last_checkpoint(folder):
+        return
+    head = head_parameters(model)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in head)
+    probing = argparse.Namespace(**vars(args) | {"lr": HEAD_RATE, "max_steps": args.head_steps})
+    training |= dict(eval_strategy="no", save_strategy="no", lr_scheduler_type="linear")
+    make_trainer(model, probing, folder, {"train": rows}, collate, training=training).train()
 
 
 def own_rows(batch: list) -> list:

@@ -20,7 +20,6 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 import finetune
-import sparsegrad
 from finetune import UserError
 
 # Of each task: folder, columns and labels in GLUE's own files, metrics (the first decides),
@@ -92,7 +91,8 @@ def fine_tune(args, folder: pathlib.Path, model_name: str, splits: dict[str, dat
     kind = dict(num_labels=len(labels)) if labels else dict(num_labels=1, problem_type="regression")
     auto = transformers.AutoModelForSequenceClassification
     model = finetune.from_pretrained(auto, model_name, args.hub, torch.float32, **kind)
-    info = finetune.apply_method(model, sparsegrad.mlp_linears(model), args, folder, data["train"], collate)
+    finetune.train_head(model, args, folder, data["train"], collate)
+    info = finetune.apply_method(model, finetune.target_linears(model, args.target), args, folder, data["train"], collate)
     when, callbacks = dict(eval_strategy="epoch", save_strategy="epoch", save_total_limit=1), []
     if args.paper:
         every, best = TASKS[args.task]["every"], f"eval_{'matched_' if 'matched' in data else ''}{metrics[0]}"
@@ -121,6 +121,7 @@ def parse():
     add("--data", type=pathlib.Path, help="a folder in GLUE's layout, or saved by datasets; default nyu-mll/glue")
     add("--paper", action="store_true", help="as the paper: 20 epochs with early stopping, three seeds, mean ± std")
     add("--freeze", action="store_true", help="train only the method and the head, not the rest of the model")
+    add("--head-steps", type=int, default=0, help="first train the head alone for so many steps", metavar="N")
     add("--bf16", action="store_true", help="mixed precision")
     schedules = "of the learning rate: as in the released runs, or to zero"
     add("--schedule", choices=("constant", "linear"), default="constant", help=schedules)

@@ -27,7 +27,6 @@ import transformers
 from torch import nn
 
 import finetune
-import sparsegrad
 from finetune import UserError
 
 LLAMA, OASST = "meta-llama/Llama-2-7b-hf", "OpenAssistant/oasst1"
@@ -86,7 +85,7 @@ def fine_tune(args, folder: pathlib.Path, tokenizer, data: dict[str, datasets.Da
     transformers.set_seed(args.seed)
     model, collate = load_model(args), transformers.DataCollatorForSeq2Seq(tokenizer)
     base = [answer(model, tokenizer, [prompt], args) for prompt in args.sample]
-    info = finetune.apply_method(model, every_nth(model, args.every), args, folder, data["train"], collate)
+    info = finetune.apply_method(model, every_nth(model, args), args, folder, data["train"], collate)
     steps = math.ceil(math.ceil(len(data["train"]) / args.batch_size) / args.gradient_accumulation) * args.epochs
     steps = args.max_steps or max(1, math.ceil(steps))
     every = max(1, math.ceil(steps / 4))
@@ -460,10 +459,11 @@ def load_model(args) -> nn.Module:
     return model
 
 
-def every_nth(model: nn.Module, every: int) -> dict[str, nn.Module]:
-    """The MLP linears of blocks 0, every, 2 * every, ... (section 5.2)."""
-    numbered = {name: re.search(r"\.(\d+)\.", name) for name in sparsegrad.mlp_linears(model)}
-    return {name: model.get_submodule(name) for name, block in numbered.items() if block and int(block[1]) % every == 0}
+def every_nth(model: nn.Module, args) -> dict[str, nn.Module]:
+    """The linears of `--target` in blocks 0, every, 2 * every, ... (section 5.2)."""
+    linears = finetune.target_linears(model, args.target)
+    numbered = {name: re.search(r"\.(\d+)\.", name) for name in linears}
+    return {name: linears[name] for name, block in numbered.items() if block and int(block[1]) % args.every == 0}
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

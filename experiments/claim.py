@@ -6,7 +6,8 @@
     python -m experiments.claim figure FILE                                      the figure, from the stored runs
 
 A cell is a task, a setting and a method. In the setting `paper` all but the MLP linears trains
-densely; in `freeze` only the method and the head train. Each cell first looks for its learning
+densely; in `freeze` only the method and the head train. With `, head` the head trains alone for
+HEAD_STEPS before that, by every method. Each cell first looks for its learning
 rate: the one with the lowest loss on a held-out part of the training set, seed 0. The rates go
 from 1e-5 to 1e-1 in steps of about three. The search begins with four of them, and tries more
 until the best has a neighbour on both sides or is the first or last of all. Then SEEDS train at
@@ -32,6 +33,8 @@ import finetune
 
 FILE = pathlib.Path(__file__).parent / "results" / "claim.jsonl"
 DIVERGED = 3  # the exit code of such a run
+SETTINGS = ("paper", "freeze", "paper, head", "freeze, head")
+HEAD_STEPS = 100
 
 
 class Task(NamedTuple):
@@ -39,7 +42,7 @@ class Task(NamedTuple):
     held_out: int  # training rows, trees or people to choose the learning rate on
     metric: str
     narrow_rank: int  # at which a core on the narrow side has 1 % of a linear's entries
-    settings: tuple[str, ...] = ("freeze",)
+    settings: tuple[str, ...] = ("freeze", "freeze, head")
 
     @property
     def lower_is_better(self) -> bool:
@@ -48,17 +51,17 @@ class Task(NamedTuple):
 
 TASKS = {
     "sst2": Task("glue_run.py --task sst2 --data {glue} --max-train-samples 8000 --epochs 1 --schedule linear",
-                 1000, "eval_accuracy", 4, ("paper", "freeze")),
+                 1000, "eval_accuracy", 4, SETTINGS),
     "mrpc": Task("glue_run.py --task mrpc --data {glue} --epochs 3 --schedule linear",
-                 400, "eval_f1", 4, ("paper", "freeze")),
+                 400, "eval_f1", 4, SETTINGS),
     "stsb": Task("glue_run.py --task stsb --data {glue} --epochs 3 --schedule linear",
                  600, "eval_pearson", 4, ("paper", "freeze")),
-    "oasst": Task("llama_run.py --data {oasst} --top-ranked", 30, "eval_loss", 6),
-    "chat": Task("llama_run.py --max-length 256", 30, "eval_loss", 6),
+    "oasst": Task("llama_run.py --data {oasst} --top-ranked", 30, "eval_loss", 6, ("freeze",)),
+    "chat": Task("llama_run.py --max-length 256", 30, "eval_loss", 6, ("freeze",)),
     "t5": Task("glue_run.py --task sst2 --model {t5} --data {glue} --max-train-samples 4000 --epochs 1 --schedule linear",
                1000, "eval_accuracy", 5),
     "vit": Task("-m experiments.vit --model {vit} --data {images}", 800, "eval_accuracy", 4),
-    "gpt2": Task("-m experiments.gpt2 --model {gpt2} --data {counts}", 20, "eval_loss", 3),
+    "gpt2": Task("-m experiments.gpt2 --model {gpt2} --data {counts}", 20, "eval_loss", 3, ("freeze",)),
 }  # fmt: skip
 OTHER_MODELS = ("t5", "vit", "gpt2")  # beyond the paper's
 COLUMNS = [(task, setting) for task in TASKS for setting in TASKS[task].settings]
@@ -90,11 +93,27 @@ ABLATIONS = {  # of one of ABLATED, a thing or two changed in each; what follows
     "own, rank 77, all entries": "--method sparsegrad --k 1.0 --share layer --rank 77",
     "own, narrow": f"{COMPARED['own']} --sides narrow",
     "shared, transposed": f"{COMPARED['sparsegrad']} @transposed",
-    "shared, k 0.1 %": "--method sparsegrad --k 0.001",
     "shared, k 10 %": "--method sparsegrad --k 0.1",
     "shared, k 100 %": "--method sparsegrad --k 1.0",
 }
-STUDIED = COMPARED | ABLATIONS
+SMALL = {  # at 0.1 %, where LoRA's least rank is more than twice as many numbers
+    "lora, rank 1": "--method lora --rank 1",
+    "meprop, k 0.1 %": "--method meprop --k 0.001",
+    "shared, k 0.1 %": "--method sparsegrad --k 0.001",
+    "cross, k 0.1 %": "--method sparsegrad --k 0.001 --share layer --rank 256 --support fixed",
+}
+PEERS_OF_PEFT = {name: f"{COMPARED['lora']} @{name}" for name in ("dora", "shira", "vera", "prefix")}
+TARGETS = {  # as many entries as 1 % of the MLP's linears: MiniLM and SmolLM2 have half as many weights in the attention
+    f"{method}, {target}": COMPARED[method].replace("0.01", f"{k} --target {target}")
+    for target, k in (("attention", 0.02), ("all", 0.02 / 3))
+    for method in ("lora", "meprop", "cross")
+}
+HEADS = {  # to choose HEAD_STEPS by
+    f"{method}, {steps} head steps": f"{COMPARED[method]} --head-steps {steps}"
+    for steps in (30, 100, 300)
+    for method in ("ft", "lora", "meprop", "cross")
+}
+STUDIED = COMPARED | ABLATIONS | SMALL | PEERS_OF_PEFT | TARGETS | HEADS
 ABLATED = ("sparsegrad", "own", "own, rank 128")
 PEERS = tuple(method for method in finetune.METHODS if method != "sparsegrad")
 IN_SHORT = ("sparsegrad", "own, rank 128")  # the kinds of SparseGrad whose leads are told in short
@@ -131,7 +150,8 @@ class Run(NamedTuple):
         changed = ["-m", "experiments.variants", change] if change else []
         words = [sys.executable, *changed, script, *words, *options.format(task.narrow_rank).split()]
         words += ["--lr", f"{self.lr:g}", "--seed", str(self.seed), "--output-dir", output]
-        words += ["--freeze"] * (self.setting == "freeze" and script == "glue_run.py")  # the others do nothing else
+        words += ["--freeze"] * (self.setting.startswith("freeze") and script == "glue_run.py")  # the others do nothing else
+        words += ["--head-steps", str(HEAD_STEPS)] * self.setting.endswith("head")
         words += (["--dtype", "bfloat16"] if script == "llama_run.py" else ["--bf16"]) * bf16
         return words + ["--held-out", str(task.held_out)] * self.held_out
 
@@ -155,7 +175,7 @@ class Study(dict):
 
     def rate(self, cell: Cell) -> tuple[float | None, list[Run]]:
         """(the chosen learning rate, []), or (None, the runs that are missing to choose it)."""
-        low = RATES.index(FROM[cell[1]])
+        low = RATES.index(FROM[cell[1].partition(",")[0]])
         high = low + 4
         while True:
             runs = [Run(*cell, lr, 0, True) for lr in RATES[low:high]]
@@ -332,7 +352,7 @@ def main() -> None:
     for name, what in PATHS.items():
         run.add_argument(f"--{name}", help=what)
     run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    run.add_argument("--settings", nargs="+", choices=("paper", "freeze"), default=["paper", "freeze"])
+    run.add_argument("--settings", nargs="+", choices=SETTINGS, default=["paper", "freeze"])
     run.add_argument("--methods", nargs="+", choices=STUDIED, default=list(COMPARED))
     run.add_argument("--lanes", type=int, default=2, help="cells at a time, which share the cores")
     half = "mixed precision: half the time on a CPU with bf16 instructions, far more on others"

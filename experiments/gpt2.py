@@ -17,7 +17,6 @@ import torch
 import transformers
 
 import finetune
-import sparsegrad
 from experiments import other_models
 from llama_run import language_metrics, token_losses
 
@@ -35,7 +34,7 @@ def main() -> None:
     if not (run := finetune.finished(folder)):
         transformers.set_seed(args.seed)
         model = finetune.from_pretrained(transformers.AutoModelForCausalLM, args.model, False, torch.float32)
-        info = finetune.apply_method(model, sparsegrad.mlp_linears(model), args, folder, data["train"], to_batch)
+        info = finetune.apply_method(model, finetune.target_linears(model, args.target), args, folder, data["train"], to_batch)
         training = dict(eval_strategy="epoch", save_strategy="no", lr_scheduler_type="linear",
                         per_device_eval_batch_size=args.batch_size)  # fmt: skip
         trainer = finetune.make_trainer(

@@ -8,6 +8,8 @@ mixed        HOSVD's directions with other axes in their span: rotated at random
 transposed   U transposed, as in the released code; for complete bases
 refreshed    bases found anew halfway through training, from the weights as they are then
 core-rate=3  the cores' learning rate, in multiples of that of all else that trains
+dora, shira, vera, prefix    with `--method lora`: another method of PEFT, at the size nearest to 1 % of the linears, VeRA
+             below it; prefix tuning of BERT needs transformers 4
 
 Such a run is there to be measured. `--resume` goes on without the change. The adapter of a refreshed run fits the
 weights as they were halfway; `--merge` has all that was learned.
@@ -22,6 +24,7 @@ import finetune
 import sparsegrad
 
 found = sparsegrad.find_bases
+VERA_RANK = 1024  # as its paper at most; 1 % of the linears would take five times as many, and its products are slow
 
 
 def with_other_bases(change: str) -> None:
@@ -76,6 +79,40 @@ def with_refreshed_bases() -> None:
     step, finetune.SparseGradTrainer.training_step = finetune.SparseGradTrainer.training_step, training_step
 
 
+def with_peer(change: str) -> None:
+    """In place of LoRA, whose layers are left out, PEFT's wrapper round the model when the Trainer is made."""
+    import peft
+
+    make, sizes = finetune.make_trainer, {}
+
+    def add_peft(model, config, names):
+        shapes = [sparsegrad.weight_shape(model.get_submodule(name)) for name in names]
+        sizes.update(names=names, out=sum(m for m, _ in shapes), both=sum(map(sum, shapes)))
+        sizes.update(entries=0.01 * sum(m * n for m, n in shapes))
+
+    def config(of) -> peft.PeftConfig:
+        names, out, both, entries = sizes.values()
+        task = "SEQ_CLS" if "classifier.weight" in finetune.head_parameters(of) else "CAUSAL_LM"
+        if change == "prefix":  # keys and values of every block
+            of = of.config
+            width = of.hidden_size // of.num_attention_heads * getattr(of, "num_key_value_heads", of.num_attention_heads)
+            tokens = round(entries / (2 * of.num_hidden_layers * width))
+            return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=tokens)
+        options = dict(task_type=task, target_modules=names)
+        if change == "dora":  # a number for each output, too
+            rank = max(1, round((entries - out) / both))
+            return peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=True, **options)
+        if change == "shira":
+            return peft.ShiraConfig(r=round(entries / both), random_seed=torch.initial_seed(), **options)
+        return peft.VeraConfig(r=VERA_RANK, **options)
+
+    def make_trainer(model, *args, **options):
+        # without sizes it is the head that trains, alone
+        return make(peft.get_peft_model(model, config(model)) if sizes else model, *args, **options)
+
+    finetune.add_peft, finetune.make_trainer = add_peft, make_trainer
+
+
 def with_core_rate(times: float) -> None:
     make = finetune.make_optimizer
 
@@ -93,10 +130,12 @@ def main() -> None:
         with_core_rate(float(times))
     elif change == "refreshed":
         with_refreshed_bases()
+    elif change in ("dora", "shira", "vera", "prefix"):
+        with_peer(change)
     elif change in ("random", "mixed", "transposed"):
         with_other_bases(change)
     else:
-        sys.exit(f"{change} is no change: random, mixed, transposed, refreshed or core-rate=NUMBER")
+        sys.exit(f"{change} is no change, which are:\n{__doc__}")
     if sys.argv[0] == "-m":
         runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
     else:

@@ -16,7 +16,6 @@ import transformers
 from sklearn.metrics import accuracy_score
 
 import finetune
-import sparsegrad
 from experiments import other_models
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, DINOv2's
@@ -25,6 +24,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, DINOv2'
 def parse():
     parser = finetune.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--image-size", type=int, default=84, help="pixels a side, as the model sees them")
+    parser.add_argument("--head-steps", type=int, default=0, help="first train the head alone for so many steps", metavar="N")
     return other_models.parse(parser, batch_size=32, epochs=1.0)
 
 
@@ -38,7 +38,8 @@ def main() -> None:
         classes = len(set(data["train"]["label"]))
         auto_class = transformers.AutoModelForImageClassification
         model = finetune.from_pretrained(auto_class, args.model, False, torch.float32, num_labels=classes)
-        info = finetune.apply_method(model, sparsegrad.mlp_linears(model), args, folder, data["train"], collate)
+        finetune.train_head(model, args, folder, data["train"], collate, remove_unused_columns=False)
+        info = finetune.apply_method(model, finetune.target_linears(model, args.target), args, folder, data["train"], collate)
         training = dict(eval_strategy="epoch", save_strategy="no", lr_scheduler_type="linear", per_device_eval_batch_size=64,
                         remove_unused_columns=False)  # fmt: skip
         trainer = finetune.make_trainer(model, args, folder, data, collate, training=training, compute_metrics=accuracy)
