@@ -29,7 +29,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import finetune
 import glue_run
@@ -143,7 +143,11 @@ GLUE = {
     "cola": ("--method ft --model {home}/half", MLP, MLP),
     "mnli": ("--method lora --rank 5 --freeze", 4 * 5 * 96, 4 * 5 * 96),
     "mrpc": ("--method meprop --freeze --k 0.05 --held-out 8 --max-train-samples 12", MLP, 408),
-    "qnli": ("--method lora --k 0.08 --schedule linear", 4 * 2 * 96, 4 * 2 * 96),  # 164 entries are nearest to rank 2
+    "qnli": (
+        "--method lora --k 0.08 --schedule linear --head-steps 2",
+        4 * 2 * 96,
+        4 * 2 * 96,
+    ),  # 164 entries are nearest to rank 2
     "qqp": ("--method ft --freeze --bf16", MLP, MLP),
     "rte": ("--method sparsegrad --k 0.05", MLP, 408),
     "sst2": ("--method sparsegrad --k 0.05 --lr 3e-3 --epochs 15", MLP, 408),
@@ -245,7 +249,7 @@ def test_glue_runs(name, ran, home):
     assert counts == [*GLUE[name][1:]] and run.dtypes[True] == {torch.float32}
     # the merged model is plain, in fp32, and scores the same
     assert {t.dtype for t in load_file(run.folder / "plain" / "model.safetensors").values()} == {torch.float32}
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(run.folder / "plain").eval()
+    model = AutoModelForSequenceClassification.from_pretrained(run.folder / "plain").eval()
     assert not sparsegrad.sparsegrad_layers(model) and "lora" not in str(model)
     rows = finetune.draw_rows(arguments, glue_run.load_folder(home / "glue", arguments.task), "rows")[dev][:]
     texts = [rows[column] for column in ("text", "text2") if column in rows]
@@ -284,6 +288,44 @@ def test_what_a_run_tells_and_keeps(ran):
     cores, others = torch.load(*ran("wnli").folder.glob("*/optimizer.pt"))["param_groups"]
     assert (cores["adaptivity"], others.get("adaptivity", 1), len(cores["params"])) == (0.5, 1, 4)
     assert cores["weight_decay"] == others["weight_decay"] == 0.0
+
+
+def test_the_head_trains_alone_first_and_the_same_for_every_method(home, monkeypatch):
+    apply, seen = finetune.apply_method, []
+
+    def look(model, *args):
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return apply(model, *args)
+
+    monkeypatch.setattr(finetune, "apply_method", look)
+    for number, (method, steps) in enumerate((("lora", 0), ("lora", 7), ("sparsegrad", 7))):
+        words = f"--task sst2 --model {home}/bert-base-uncased --data {home}/glue --method {method} --head-steps {steps}"
+        code, out, err = call(glue_run, *words.split(), "--max-steps", 2, "--output-dir", f"out{number}")
+        assert code == 0 and results(f"out{number}")["steps"] == 2, err
+    fresh, probed, again = seen
+    assert {name for name in fresh if not torch.equal(fresh[name], probed[name])} == {"classifier.weight", "classifier.bias"}
+    assert (probed["classifier.weight"] - fresh["classifier.weight"]).abs().max() > finetune.HEAD_RATE
+    assert all(torch.equal(probed[name], again[name]) for name in probed)
+
+
+@pytest.mark.parametrize(
+    "config, attention, mlp",
+    [
+        (transformers.BertConfig(num_hidden_layers=2), 8, 4),
+        (transformers.DistilBertConfig(n_layers=2), 8, 4),
+        (transformers.T5Config(num_layers=1, vocab_size=9), 12, 4),
+        (transformers.LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=9), 8, 4),
+        (transformers.GPT2Config(n_layer=2), 4, 4),
+    ],
+    ids=lambda of: getattr(of, "model_type", ""),
+)
+def test_targets_are_the_linears_of_each_block(config, attention, mlp):
+    auto = AutoModelForCausalLM if config.model_type in ("llama", "gpt2") else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    found = {target: finetune.target_linears(model, target).keys() for target in ("mlp", "attention", "all")}
+    assert found["mlp"] == sparsegrad.mlp_linears(model).keys() and len(found["mlp"]) == mlp
+    assert found["mlp"] | found["attention"] == found["all"] and len(found["all"]) == attention + mlp
 
 
 def test_the_papers_settings(monkeypatch):
@@ -933,13 +975,13 @@ def test_options_reach_the_llama_run(home, monkeypatch):
     asked, find_bases = [], sparsegrad.find_bases
     monkeypatch.setattr(sparsegrad, "find_bases", lambda *args, **options: asked.append(options) or find_bases(*args, **options))
     words = "--k 100 --max-steps 2 --chunk 16 --loss-on all --rank 16 --share layer --basis-lr 0.5 --basis-steps 3 --every 2"
-    options, folder = f"{TALKS} {words} --held-out 2".format(home=home).split(), "runs/llama-sparsegrad-seed0"
+    options, folder = f"{TALKS} {words} --target all --held-out 2".format(home=home).split(), "runs/llama-sparsegrad-seed0"
     code, out, err = call(llama_run, *options)
     assert code == 0 and call(llama_run, *options)[0] == 0 and results(f"{folder}-2")["steps"] == 2, err  # a new folder
     found, adapter = results(folder), load_file(f"{folder}/{finetune.ADAPTER}")
     assert found["arguments"]["lr"] == 9e-4  # the paper's, for a model of this name
     bases = [t.shape for name, t in adapter.items() if name.endswith((".U", ".V"))]
-    assert set(bases) == {(64, 16), (128, 16)} and len(bases) == 2 * 4
+    assert set(bases) == {(32, 16), (64, 16), (128, 16)} and len(bases) == 2 * 2 * (4 + 2)  # blocks, sides, linears
     assert {name.split(".")[2] for name in adapter if name.endswith("meta")} == {"0", "2"}
     assert found["used"]["train_rows"] > 13 and asked[0]["lr"] == 0.5 and asked[0]["n_steps"] == 3
     assert found["used"]["validation_trees"] == 2 and "2 of its training trees in place" in out

@@ -54,8 +54,6 @@ TASKS = {
                  1000, "eval_accuracy", 4, SETTINGS),
     "mrpc": Task("glue_run.py --task mrpc --data {glue} --epochs 3 --schedule linear",
                  400, "eval_f1", 4, SETTINGS),
-    "stsb": Task("glue_run.py --task stsb --data {glue} --epochs 3 --schedule linear",
-                 600, "eval_pearson", 4, ("paper", "freeze")),
     "oasst": Task("llama_run.py --data {oasst} --top-ranked", 30, "eval_loss", 6, ("freeze",)),
     "chat": Task("llama_run.py --max-length 256", 30, "eval_loss", 6, ("freeze",)),
     "t5": Task("glue_run.py --task sst2 --model {t5} --data {glue} --max-train-samples 4000 --epochs 1 --schedule linear",
@@ -65,6 +63,7 @@ TASKS = {
 }  # fmt: skip
 OTHER_MODELS = ("t5", "vit", "gpt2")  # beyond the paper's
 COLUMNS = [(task, setting) for task in TASKS for setting in TASKS[task].settings]
+OF_PEFT = ("dora", "shira", "vera", "prefix")  # peers that the paper leaves out
 COMPARED = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "ft": "--method ft",
     "lora": "--method lora --k 0.01",
@@ -75,9 +74,10 @@ COMPARED = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "cross": "--method sparsegrad --k 0.01 --share layer --rank 256 --support fixed",
     "cross, complete": "--method sparsegrad --k 0.01 --share layer --support fixed",
     "narrow, all entries": "--method sparsegrad --k 1.0 --sides narrow --rank {}",
+    **{method: f"--method lora --k 0.01 @{method}" for method in OF_PEFT},  # what follows an @ is a change of variants.py
 }
 OWN = COMPARED["own, rank 128"]
-ABLATIONS = {  # of one of ABLATED, a thing or two changed in each; what follows an @ is a change of variants.py
+ABLATIONS = {  # of one of ABLATED, a thing or two changed in each
     "own, rank 128, random": f"{OWN} @random",
     "own, rank 128, mixed": f"{OWN} @mixed",
     "own, random": f"{COMPARED['own']} @random",
@@ -102,23 +102,23 @@ SMALL = {  # at 0.1 %, where LoRA's least rank is more than twice as many number
     "shared, k 0.1 %": "--method sparsegrad --k 0.001",
     "cross, k 0.1 %": "--method sparsegrad --k 0.001 --share layer --rank 256 --support fixed",
 }
-PEERS_OF_PEFT = {name: f"{COMPARED['lora']} @{name}" for name in ("dora", "shira", "vera", "prefix")}
+TARGETED = ("lora", "meprop", "cross")
 TARGETS = {  # as many entries as 1 % of the MLP's linears: MiniLM and SmolLM2 have half as many weights in the attention
     f"{method}, {target}": COMPARED[method].replace("0.01", f"{k} --target {target}")
     for target, k in (("attention", 0.02), ("all", 0.02 / 3))
-    for method in ("lora", "meprop", "cross")
+    for method in TARGETED
 }
 HEADS = {  # to choose HEAD_STEPS by
     f"{method}, {steps} head steps": f"{COMPARED[method]} --head-steps {steps}"
     for steps in (30, 100, 300)
     for method in ("ft", "lora", "meprop", "cross")
 }
-STUDIED = COMPARED | ABLATIONS | SMALL | PEERS_OF_PEFT | TARGETS | HEADS
+STUDIED = COMPARED | ABLATIONS | SMALL | TARGETS | HEADS
 ABLATED = ("sparsegrad", "own", "own, rank 128")
 PEERS = tuple(method for method in finetune.METHODS if method != "sparsegrad")
-IN_SHORT = ("sparsegrad", "own, rank 128")  # the kinds of SparseGrad whose leads are told in short
+IN_SHORT = ("sparsegrad", "own, rank 128", "cross")  # the kinds of SparseGrad whose leads are told in short
 PATHS = {
-    "glue": "GLUE's folder, with SST-2, MRPC and STS-B",
+    "glue": "GLUE's folder, with SST-2 and MRPC",
     "oasst": "OpenAssistant's messages, a jsonl file",
     "t5": "a T5 with its tokenizer, a folder that rebuild.py makes",
     "vit": "a ViT or DINOv2, a folder that rebuild.py makes",
@@ -257,8 +257,8 @@ def tables(study: Study) -> dict[str, str]:
     the others hold mean ± standard deviation over the seeds (learning rate)."""
     found = {(column, method): study.outcome((*column, method)) for column in COLUMNS for method in STUDIED}
 
-    def columns_of(methods) -> list[Column]:
-        return [column for column in COLUMNS if any(found[column, method] for method in methods)]
+    def columns_of(methods, wanted=COLUMNS) -> list[Column]:
+        return [column for column in wanted if any(found[column, method] for method in methods)]
 
     def cell(column: Column, method: str) -> str:
         of = found[column, method]
@@ -269,27 +269,29 @@ def tables(study: Study) -> dict[str, str]:
         sign = -1 if TASKS[column[0]].lower_is_better else 1
         return [sign * (a - b) for a, b in zip(found[column, ours], found[column, peer])]
 
-    every, ablated = columns_of(COMPARED), columns_of(ABLATIONS)
-    claim, others = ([c for c in every if (c[0] in OTHER_MODELS) == beyond] for beyond in (False, True))
+    def values(columns: list[Column], methods) -> tuple:
+        """Heads, and a row a method."""
+        return ["", *map(head, columns)], {(m,): [cell(c, m) for c in columns] for m in methods}
+
+    fresh, trained = ([column for column in COLUMNS if column[1].endswith("head") == is_trained] for is_trained in (False, True))
+    every, probed = columns_of(COMPARED), columns_of(COMPARED, trained)
+    claim, others = ([c for c in every if c in fresh and (c[0] in OTHER_MODELS) == beyond] for beyond in (False, True))
     used = [method for method in COMPARED if any(found[column, method] for column in others)]
-    pairs = [(ours, peer) for ours in COMPARED if ours not in PEERS for peer in PEERS]
+    pairs = [(ours, peer) for ours in COMPARED if ours not in (*PEERS, *OF_PEFT) for peer in PEERS]
     short = [(ours, peer) for ours, peer in pairs if ours in IN_SHORT]
-    rows = {
-        "The claim": {(m,): [cell(c, m) for c in claim] for m in COMPARED},
-        "In short": {(head(c),): [verdict(leads(c, *pair)) for pair in short] for c in every},
-        "Leads": {pair: [spread(leads(c, *pair), "+") for c in every] for pair in pairs},
-        "Ablations": {(m,): [cell(c, m) for c in ablated] for m in (*ABLATED, *ABLATIONS)},
-        "Other models": {(head(c),): [cell(c, m) for m in used] for c in others},
-    }
-    heads = {
-        "The claim": ["", *map(head, claim)],
-        "In short": ["", *(f"{ours}, beside {peer}" for ours, peer in short)],
-        "Leads": ["lead of", "over", *map(head, every)],
-        "Ablations": ["", *map(head, ablated)],
-        "Other models": ["", *used],
-    }
-    full = {title: [[*name, *cells] for name, cells in rows[title].items() if any(cells)] for title in rows}
-    return {title: grid(heads[title], full[title]) for title in rows if full[title]}
+    made = {
+        "The claim": values(claim, COMPARED),
+        "In short": (["", *(f"{ours}, beside {peer}" for ours, peer in short)],
+                     {(head(c),): [verdict(leads(c, *pair)) for pair in short] for c in every}),
+        "Leads": (["lead of", "over", *map(head, every)], {pair: [spread(leads(c, *pair), "+") for c in every] for pair in pairs}),
+        "A trained head": values([c for to in probed for c in ((to[0], to[1].removesuffix(", head")), to)], COMPARED),
+        "At 0.1 %": values(columns_of(SMALL), SMALL),
+        "Which linears": values(columns_of(TARGETS), (*TARGETED, *TARGETS)),
+        "Ablations": values(columns_of(ABLATIONS), (*ABLATED, *ABLATIONS)),
+        "Other models": (["", *used], {(head(c),): [cell(c, m) for m in used] for c in others}),
+    }  # fmt: skip
+    full = {title: [[*name, *cells] for name, cells in rows.items() if any(cells)] for title, (_, rows) in made.items()}
+    return {title: grid(made[title][0], full[title]) for title in made if full[title]}
 
 
 def head(column: Column) -> str:
@@ -299,8 +301,7 @@ def head(column: Column) -> str:
 
 
 def spread(of: list[float], sign: str = "") -> str:
-    """Mean ± standard deviation. `undefined` if a value is: a run diverged, or gave all pairs one score, which has no
-    correlation."""
+    """Mean ± standard deviation. `undefined` if a value is: a run diverged."""
     if any(map(math.isnan, of)):
         return "undefined"
     return f"{statistics.mean(of):{sign}.4f} ± {statistics.stdev(of):.4f}" if of else ""

@@ -8,6 +8,7 @@ mixed        HOSVD's directions with other axes in their span: rotated at random
 transposed   U transposed, as in the released code; for complete bases
 refreshed    bases found anew halfway through training, from the weights as they are then
 core-rate=3  the cores' learning rate, in multiples of that of all else that trains
+watched      nothing: but results.json has what the bases hold of gradients at the beginning, the middle and the end
 dora, shira, vera, prefix    with `--method lora`: another method of PEFT, at the size nearest to 1 % of the linears, VeRA
              below it; prefix tuning of BERT needs transformers 4
 
@@ -15,10 +16,13 @@ Such a run is there to be measured. `--resume` goes on without the change. The a
 weights as they were halfway; `--merge` has all that was learned.
 """
 
+import copy
 import runpy
+import statistics
 import sys
 
 import torch
+import transformers
 
 import finetune
 import sparsegrad
@@ -79,6 +83,45 @@ def with_refreshed_bases() -> None:
     step, finetune.SparseGradTrainer.training_step = finetune.SparseGradTrainer.training_step, training_step
 
 
+class Watch(transformers.TrainerCallback):
+    """Of 12 gradients at the weights as they are before the first step, in the middle and after the last: the means over
+    steps and layers of what the layer's own entries, and the best k of each step between its bases, hold of them."""
+
+    def __init__(self):
+        self.held = []
+
+    @torch.random.fork_rng()
+    def measure(self, model, batches):
+        layers, plain = sparsegrad.sparsegrad_layers(model), copy.deepcopy(model)
+        sparsegrad.unpatch_model(plain)
+        stacks = sparsegrad.collect_gradients(plain, batches, list(layers), n_steps=12, lr=0, loss_fn=finetune.loss_of_part)
+        fixed, best = [], []
+        for name, layer in layers.items():
+            for G in stacks[name]:
+                core, all_of_it = layer.basis.V.T @ G @ layer.basis.U, G.square().sum()  # (r, out) @ (out, in) @ (in, r)
+                fixed.append((core.flatten()[layer.support].square().sum() / all_of_it).item())
+                best.append((core.flatten().square().topk(layer.k).values.sum() / all_of_it).item())
+        self.held.append({"fixed": statistics.mean(fixed), "best": statistics.mean(best)})
+
+    def on_step_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        if state.global_step in (0, state.max_steps // 2):
+            self.measure(model, train_dataloader)
+
+    def on_train_end(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        self.measure(model, train_dataloader)
+
+
+def with_watch() -> None:
+    make, finish, watch = finetune.make_trainer, finetune.finish, Watch()
+
+    def make_trainer(model, *args, callbacks=(), **options):
+        mine = [watch] * bool(sparsegrad.sparsegrad_layers(model))  # not while the head trains alone
+        return make(model, *args, callbacks=[*callbacks, *mine], **options)
+
+    finetune.make_trainer = make_trainer
+    finetune.finish = lambda *args, **options: finish(*args, held=watch.held, **options)
+
+
 def with_peer(change: str) -> None:
     """In place of LoRA, whose layers are left out, PEFT's wrapper round the model when the Trainer is made."""
     import peft
@@ -130,6 +173,8 @@ def main() -> None:
         with_core_rate(float(times))
     elif change == "refreshed":
         with_refreshed_bases()
+    elif change == "watched":
+        with_watch()
     elif change in ("dora", "shira", "vera", "prefix"):
         with_peer(change)
     elif change in ("random", "mixed", "transposed"):
