@@ -180,11 +180,9 @@ def collect_gradients(model: nn.Module, batches: Iterable, target_modules: Targe
                       **options) -> dict[str, Tensor]:
     """Name -> weight gradients `(steps, out, in)` of the MLP linears, fp32 or better (§3.1), to
     look at. Takes `n_steps`, `lr`, `loss_fn` of `find_bases`, which needs no such stack."""
-    stacks = {name: [] for name in mlp_linears(model, target_modules)}
-    for gradients in _gradients(model, batches, list(stacks), **options):
-        for name, G in gradients.items():
-            stacks[name].append(G)
-    return {name: torch.stack(stack) for name, stack in stacks.items()}
+    names = list(mlp_linears(model, target_modules))
+    steps = list(_gradients(model, batches, names, **options))
+    return {name: torch.stack([G[name] for G in steps if name in G]) for name in names}
 
 def find_bases(model: nn.Module, batches: Iterable, target_modules: Targets = None, *,
                share: str = "role", sides: str = "both", rank: int | None = None,
@@ -456,10 +454,11 @@ class Summary(NamedTuple):
     touched: int  # of these, entries one step updates
     dense: int  # other trainable parameters
     frozen: int  # the rest but the bases, as stored (4-bit ones two to a byte)
+    weights: int  # entries of the linears that the layers replace
 
     def __str__(self) -> str:
-        share = f"{self.core:,} core entries ({100 * self.touched / max(self.core, 1):.3g} %)"
-        return (f"{self.layers} SparseGrad layers: a step updates {self.touched:,} of {share}; "
+        share = f"{self.touched:,} entries, {100 * self.touched / max(self.weights, 1):.3g} % of"
+        return (f"{self.layers} SparseGrad layers: a step updates {share} {self.weights:,} weights; "
                 f"{self.dense:,} other parameters train, {self.frozen:,} are frozen")
 
 def sparsegrad_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
@@ -475,7 +474,8 @@ def summary(model: nn.Module) -> Summary:
     frozen = {id(m.residual) for m in layers} | {i for i in params if not params[i].requires_grad}
     core, still, total = (sum(params[i].numel() for i in ids if i in params)
                           for ids in (cores, frozen, params))
-    return Summary(len(layers), core, sum(cores.values()), total - still - core, still)
+    weights = sum(m.out_features * m.in_features for m in layers)
+    return Summary(len(layers), core, sum(cores.values()), total - still - core, still, weights)
 
 def _fault(linear: nn.Module | None, parent: nn.Module, owners: Mapping[int, int]) -> str:
     """What keeps `linear` from being `y = x Wᵀ + b`, the same whoever calls it; "" if nothing."""

@@ -5,8 +5,9 @@
 MiniLM on Rotten Tomatoes with a fresh and with a trained head (300 steps alone), 32 sentences a step, and the Q4_1
 SmolLM2-135M on its own chats, 2 a step, every sixth block. Only the linears of one target train, at 5e-5. Bases and
 supports come from the first gradients, 30 where nothing else is said. Each holds 1 % of a linear's entries; that the
-attention's have 2 % makes as many. Two shares of the squared norm, means over the layers: of each of the next 12
-gradients ("step"), and of the mean of these ("mean"), in which noise has less part.
+attention's have 2 % makes as many. The share of the squared norm that each holds, the mean over the layers: of the
+next 12 gradients after those it is made of, of the mean of these 12, in which noise has less part, and of the 12
+gradients after 120 steps ("later").
 """
 
 import json
@@ -26,21 +27,24 @@ from experiments.claim import grid
 K, STEPS, UNSEEN, HEAD_STEPS = 0.01, 120, 12, 300
 
 
-def spectra(grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, n) -> eigenvectors (n, n), their shares of the energy (n,), by falling share."""
-    values, vectors = torch.linalg.eigh(grams.double() / grams.trace())
-    return vectors.flip(1).float(), values.flip(0).clamp(min=0).float()
-
-
 class Bases:
-    """Of gradients (n, out, in): V (out, out) with `rows` (out,), U (in, in) with `columns` (in,)."""
+    """Of gradients (n, out, in): V (out, out) with the spectrum `rows` (out,), U (in, in) with `columns` (in,)."""
 
     def __init__(self, grads: torch.Tensor):
-        self.V, self.rows = spectra(torch.einsum("toi,tpi->op", grads, grads))
-        self.U, self.columns = spectra(torch.einsum("toi,toj->ij", grads, grads))
+        grams = torch.einsum("toi,tpi->op", grads, grads), torch.einsum("toi,toj->ij", grads, grads)
+        (self.rows, self.V), (self.columns, self.U) = (torch.linalg.eigh(gram / gram.trace()) for gram in grams)
+        self.rows, self.columns = (values.flip(0).clamp(min=0) for values in (self.rows, self.columns))
+        self.V, self.U = self.V.flip(1), self.U.flip(1)
 
     def rotate(self, grads: torch.Tensor) -> torch.Tensor:
         return self.V.T @ grads @ self.U  # (out, out) @ (n, out, in) @ (in, in)
+
+    def cross(self, k: int, power: tuple[float, float] = (1, 1), rank: int | None = None) -> torch.Tensor:
+        """The mask (out, in) of the k entries with the largest λ_i^a μ_j^b, none beyond `rank`."""
+        expected = torch.outer(self.rows ** power[0], self.columns ** power[1])
+        if rank:
+            expected[rank:], expected[:, rank:] = 0, 0
+        return largest(expected, k)
 
 
 def largest(expected: torch.Tensor, k: int) -> torch.Tensor:
@@ -61,64 +65,65 @@ def best_sides(rows: torch.Tensor, columns: torch.Tensor, k: int) -> tuple[int, 
     return max(sides, key=lambda side: rows[: side[0]].sum() * columns[: side[1]].sum())
 
 
-def outer(rows: torch.Tensor, columns: torch.Tensor, rank: int | None = None) -> torch.Tensor:
-    """λ_i μ_j (out, in); nothing beyond `rank`."""
-    expected = torch.outer(rows, columns)
-    if rank:
-        expected[rank:], expected[:, rank:] = 0, 0
-    return expected
+def held(cores: torch.Tensor, mask: torch.Tensor) -> float:
+    """The share of the squared norm of cores (n, out, in) that a mask (out, in) holds, the mean over them."""
+    return (cores[:, mask].square().sum(1) / cores.square().sum((1, 2))).mean().item()
 
 
-def held(cores: torch.Tensor, mask: torch.Tensor) -> list[float]:
-    """[share of a step, share of the mean] of cores (n, out, in) that a mask (out, in) holds."""
-    of_step = (cores[:, mask].square().sum(1) / cores.square().sum((1, 2))).mean()
-    mean = cores.mean(0)
-    return [of_step.item(), (mean[mask].square().sum() / mean.square().sum()).item()]
+def best(cores: torch.Tensor, k: int, rank: int | None = None) -> float:
+    """The same of the k largest entries of each, none beyond `rank`."""
+    inside = (
+        sparsegrad.topk_energy(core, k) * (core.norm() / whole.norm()) ** 2 for core, whole in zip(cores[:, :rank, :rank], cores)
+    )
+    return float(sum(inside)) / len(cores)
 
 
-def best(cores: torch.Tensor, k: int) -> list[float]:
-    """The same of the k largest entries of each step, and of the mean's own."""
-    of_step = statistics.mean(sparsegrad.topk_energy(core, k) for core in cores)
-    return [of_step, sparsegrad.topk_energy(cores.mean(0), k)]
-
-
-def choices(seen: torch.Tensor, unseen: torch.Tensor, k: int, shared: Bases) -> dict[str, list[float]]:
-    """Choice -> shares, of one layer's gradients (n, out, in)."""
-    own, mean = Bases(seen[:30]), Bases(seen[:30].mean(0, keepdim=True))
-    cores, by_index = own.rotate(unseen), [1 / torch.arange(1, n + 1) for n in seen.shape[1:]]
-    found = {
-        "best k of each step, complete": best(cores, k),
-        "best k of each step, rank 256": best(cores[:, :256, :256], k),
-        "best k of each step, no basis": best(unseen, k),
-        "cross": held(cores, largest(outer(own.rows, own.columns), k)),
-        "cross, rank 256": held(cores, largest(outer(own.rows, own.columns, 256), k)),
-        "cross, rank 128": held(cores, largest(outer(own.rows, own.columns, 128), k)),
-        "cross, λ and μ^½": held(cores, largest(outer(own.rows, own.columns.sqrt()), k)),
-        "cross, λ^½ and μ": held(cores, largest(outer(own.rows.sqrt(), own.columns), k)),
-        "cross of 1 / ij": held(cores, largest(outer(*by_index), k)),
-        "corner, a rank for each side": held(cores, corner(cores.shape[1:], *best_sides(own.rows, own.columns, k))),
-        "corner, square": held(cores, corner(cores.shape[1:], int(k**0.5), int(k**0.5))),
-        "largest measured energy": held(cores, largest(own.rotate(seen[:30]).square().sum(0), k)),
-        "largest in the mean gradient": held(cores, largest(own.rotate(seen[:30].mean(0)).abs(), k)),
-        "largest measured energy, no basis": held(unseen, largest(seen[:30].square().sum(0), k)),
-        "cross of the mean gradient's spectra": held(mean.rotate(unseen), largest(outer(mean.rows, mean.columns), k)),
-        "cross, shared": held(shared.rotate(unseen), largest(outer(shared.rows, shared.columns), k)),
+def choices(grads: torch.Tensor, k: int, shared: Bases) -> dict[str, list[float]]:
+    """Choice -> what it holds of the next gradients, of their mean, and of later ones, of one layer's (n, out, in)."""
+    seen, shape = grads[:30], grads.shape[1:]
+    own, mean, of_5, of_all = Bases(seen), Bases(seen.mean(0, keepdim=True)), Bases(grads[:5]), Bases(grads[:STEPS])
+    ranks = torch.outer(*(torch.arange(1, n + 1) for n in shape))
+    masks = {  # choice -> bases, mask, steps
+        "cross": (own, own.cross(k), 30),
+        "cross, rank 256": (own, own.cross(k, rank=256), 30),
+        "cross, rank 128": (own, own.cross(k, rank=128), 30),
+        "cross, λ and μ^½": (own, own.cross(k, (1, 0.5)), 30),
+        "cross, λ^½ and μ": (own, own.cross(k, (0.5, 1)), 30),
+        "cross of 1 / ij": (own, largest(1 / ranks, k), 30),
+        "corner, a rank for each side": (own, corner(shape, *best_sides(own.rows, own.columns, k)), 30),
+        "corner, square": (own, corner(shape, int(k**0.5), int(k**0.5)), 30),
+        "largest measured energy": (own, largest(own.rotate(seen).square().sum(0), k), 30),
+        "largest in the mean gradient": (own, largest(own.rotate(seen.mean(0)).abs(), k), 30),
+        "largest measured energy, no basis": (None, largest(seen.square().sum(0), k), 30),
+        "cross of the mean gradient's spectra": (mean, mean.cross(k), 30),
+        "cross, shared": (shared, shared.cross(k), 30),
+        "cross, 5 steps": (of_5, of_5.cross(k), 5),
+        "cross, 120 steps": (of_all, of_all.cross(k), STEPS),
     }
-    for steps in (5, STEPS):
-        bases = Bases(seen[:steps])
-        found[f"cross, {steps} steps"] = held(bases.rotate(unseen), largest(outer(bases.rows, bases.columns), k))
+    found, later = {}, own.rotate(grads[-UNSEEN:])
+    core = own.rotate(grads[30 : 30 + UNSEEN])
+    for name, rank in (("best k of each step", None), ("best k of each step, rank 256", 256)):
+        found[name] = [best(core, k, rank), best(core.mean(0, keepdim=True), k, rank), best(later, k, rank)]
+    plain, last = grads[30 : 30 + UNSEEN], grads[-UNSEEN:]
+    found["best k of each step, no basis"] = [best(plain, k), best(plain.mean(0, keepdim=True), k), best(last, k)]
+    for name, (bases, mask, steps) in masks.items():
+        after, last = (of if bases is None else bases.rotate(of) for of in (grads[steps : steps + UNSEEN], grads[-UNSEEN:]))
+        found[name] = [held(after, mask), held(after.mean(0, keepdim=True), mask), held(last, mask)]
     return found
 
 
-def pooled(seen: list[torch.Tensor], unseen: list[torch.Tensor], k: int) -> list[float]:
-    """What the layers of a role, k entries each, hold of all their energy together, then what as many entries hold that
-    are shared out where λ_i μ_j times the layer's energy is largest."""
-    bases = [Bases(grads[:30]) for grads in seen]
-    cores = [of.rotate(grads).square().mean(0) for of, grads in zip(bases, unseen)]  # (out, in) each
-    expected = torch.cat([outer(of.rows, of.columns) * grads[:30].square().sum() for of, grads in zip(bases, seen)])  # (L out, in)
-    equal = sum(core[largest(outer(of.rows, of.columns), k)].sum() for of, core in zip(bases, cores))
-    shared_out = torch.cat(cores)[largest(expected, k * len(seen))].sum()
-    return [(part / sum(core.sum() for core in cores)).item() for part in (equal, shared_out)]
+def pooled(layers: list[torch.Tensor], k: int) -> list[float]:
+    """What the layers of a role, gradients (n, out, in) each, hold of their next gradients' energy together by a cross of
+    k entries each, then by as many that are shared out: where λ_i μ_j times the layer's energy is largest."""
+    expected, energies = [], []
+    for grads in layers:
+        bases = Bases(grads[:30])
+        expected.append(torch.outer(bases.rows, bases.columns))
+        energies.append(bases.rotate(grads[30 : 30 + UNSEEN]).square().sum(0))
+    weighted = torch.cat([of * grads[:30].square().sum() for of, grads in zip(expected, layers)])  # (L out, in)
+    equal = sum(energy[largest(of, k)].sum() for of, energy in zip(expected, energies))
+    shared_out = torch.cat(energies)[largest(weighted, k * len(layers))].sum()
+    return [(part / torch.cat(energies).sum()).item() for part in (equal, shared_out)]
 
 
 def role(name: str) -> str:
@@ -126,7 +131,7 @@ def role(name: str) -> str:
 
 
 def of_model(model, batches: list[dict], target: str) -> dict:
-    """{"choices": choice -> [step, mean], "pooled": [equal, shared out]}, means over layers and over roles."""
+    """{"choices": choice -> [next, their mean, later], "pooled": [k each, k shared out]}, means over layers and over roles."""
     names = list(finetune.target_linears(model, target))
     names = [name for name in names if not name.startswith("model.layers") or int(name.split(".")[2]) % 6 == 0]
     stacks = sparsegrad.collect_gradients(model, batches, names, n_steps=STEPS + UNSEEN)
@@ -134,12 +139,12 @@ def of_model(model, batches: list[dict], target: str) -> dict:
     for name in names:
         roles.setdefault(role(name), []).append(name)
     for layers in roles.values():
-        seen, unseen = ([stacks[name][part] for name in layers] for part in (slice(STEPS), slice(STEPS, None)))
-        k = round(K * (2 if target == "attention" else 1) * seen[0][0].numel())
-        shared = Bases(torch.cat([grads[:30] for grads in seen]))
-        found += [choices(a, b, k, shared) for a, b in zip(seen, unseen)]
-        together.append(pooled(seen, unseen, k))
-    mean = {name: [statistics.mean(of[name][i] for of in found) for i in (0, 1)] for name in found[0]}
+        grads = [stacks[name] for name in layers]
+        k = round(K * (2 if target == "attention" else 1) * grads[0][0].numel())
+        shared = Bases(torch.cat([of[:30] for of in grads]))
+        found += [choices(of, k, shared) for of in grads]
+        together.append(pooled(grads, k))
+    mean = {name: [statistics.mean(of[name][i] for of in found) for i in range(3)] for name in found[0]}
     return {"choices": mean, "pooled": [statistics.mean(of) for of in zip(*together)]}
 
 
@@ -169,7 +174,7 @@ def models():
 
 
 def tables(measured: dict) -> str:
-    heads = ["", *(f"{column}, {part}" for column in measured for part in ("step", "mean"))]
+    heads = ["", *(f"{column}, {part}" for column in measured for part in ("next", "mean", "later"))]
     names = next(iter(measured.values()))["choices"]
     rows = [[name, *(f"{share:.2f}" for of in measured.values() for share in of["choices"][name])] for name in names]
     pools = [[column, *(f"{share:.3f}" for share in of["pooled"])] for column, of in measured.items()]

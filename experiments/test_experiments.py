@@ -17,7 +17,7 @@ import finetune
 import glue_run
 import llama_run
 import sparsegrad
-from experiments import benchmark, claim, energy, gpt2, rebuild, variants, vit
+from experiments import benchmark, claim, cross, energy, gpt2, rebuild, variants, vit
 
 HERE = pathlib.Path(__file__).parent
 LORA, OURS = ("sst2", "freeze", "lora"), ("sst2", "freeze", "sparsegrad")  # cells
@@ -174,6 +174,27 @@ def test_energy_kept_is_that_of_the_largest_entries_after_the_rotation():
 def test_energys_table_is_that_of_its_file():
     table = energy.table(json.loads((HERE / "results" / "energy.json").read_text(encoding="utf-8"))["energies"]["None"])
     assert any(table in path.read_text(encoding="utf-8") for path in HERE.glob("*.md"))
+
+
+def test_what_a_cross_holds():
+    """Gradients of exactly separable spectra: a cross is the best that any fixed choice can be, and nothing moves on."""
+    torch.manual_seed(0)
+    V, U = (torch.linalg.qr(torch.randn(n, n)).Q for n in (300, 280))
+    size = torch.outer(*(2.0 ** (-torch.arange(n) / 20) for n in (300, 280)))
+    grads = V @ (size * torch.randn(150, 300, 280).sign()) @ U.T
+    k = 840
+    found = cross.choices(grads, k, cross.Bases(grads[:30]))
+    ideal = sparsegrad.topk_energy(size, k)
+    for name in ("cross", "cross, 120 steps", "cross, shared"):
+        assert found[name] == pytest.approx([ideal] * 3, abs=0.03), name
+    for name, shares in found.items():
+        assert len(shares) == 3 and shares[0] == pytest.approx(shares[2], abs=0.03), name
+        assert ("best k" in name and "no basis" not in name) == (shares[0] > ideal + 0.03), name
+    assert found["corner, square"][0] < found["corner, a rank for each side"][0] + 0.01 < found["cross"][0]
+    assert found["largest measured energy, no basis"][0] < 0.1
+    small = grads[:, :, :140] / 100  # of a layer that gets few of the entries shared out
+    equal, shared_out = cross.pooled([grads, torch.cat((small, small), 2)], k)
+    assert equal < shared_out < 1
 
 
 # ------------------------------------------------------------------------------ variants
