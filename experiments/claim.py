@@ -76,7 +76,7 @@ COMPARED = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "narrow, all entries": "--method sparsegrad --k 1.0 --sides narrow --rank {}",
     **{method: f"--method lora --k 0.01 @{method}" for method in OF_PEFT},  # what follows an @ is a change of variants.py
 }
-OWN = COMPARED["own, rank 128"]
+OWN, CROSS = COMPARED["own, rank 128"], COMPARED["cross"]
 ABLATIONS = {  # of one of ABLATED, a thing or two changed in each
     "own, rank 128, random": f"{OWN} @random",
     "own, rank 128, mixed": f"{OWN} @mixed",
@@ -92,6 +92,10 @@ ABLATIONS = {  # of one of ABLATED, a thing or two changed in each
     "own, rank 128, k 0.1 %": "--method sparsegrad --k 0.001 --share layer --rank 128",
     "own, rank 77, all entries": "--method sparsegrad --k 1.0 --share layer --rank 77",
     "own, narrow": f"{COMPARED['own']} --sides narrow",
+    "cross, one moment": f"{CROSS} --adaptivity 0",
+    "cross, half moment": f"{CROSS} --adaptivity 0.5",
+    "cross, 5 steps": f"{CROSS} --basis-steps 5",
+    "cross, one pass": f"{CROSS} --basis-steps 120",
     "shared, transposed": f"{COMPARED['sparsegrad']} @transposed",
     "shared, k 10 %": "--method sparsegrad --k 0.1",
     "shared, k 100 %": "--method sparsegrad --k 1.0",
@@ -114,7 +118,7 @@ HEADS = {  # to choose HEAD_STEPS by
     for method in ("ft", "lora", "meprop", "cross")
 }
 STUDIED = COMPARED | ABLATIONS | SMALL | TARGETS | HEADS
-ABLATED = ("sparsegrad", "own", "own, rank 128")
+ABLATED = ("sparsegrad", "own", "own, rank 128", "cross")
 PEERS = tuple(method for method in finetune.METHODS if method != "sparsegrad")
 IN_SHORT = ("sparsegrad", "own, rank 128", "cross")  # the kinds of SparseGrad whose leads are told in short
 PATHS = {
