@@ -117,7 +117,8 @@ HEADS = {  # to choose HEAD_STEPS by
     for steps in (30, 100, 300)
     for method in ("ft", "lora", "meprop", "cross")
 }
-STUDIED = COMPARED | ABLATIONS | SMALL | TARGETS | HEADS
+WATCHED = {"cross, watched": f"{CROSS} @watched"}  # what its entries hold of gradients as training goes on
+STUDIED = COMPARED | ABLATIONS | SMALL | TARGETS | HEADS | WATCHED
 ABLATED = ("sparsegrad", "own", "own, rank 128", "cross")
 PEERS = tuple(method for method in finetune.METHODS if method != "sparsegrad")
 IN_SHORT = ("sparsegrad", "own, rank 128", "cross")  # the kinds of SparseGrad whose leads are told in short
