@@ -290,6 +290,9 @@ def tables(study: Study) -> dict[str, str]:
                      {(head(c),): [verdict(leads(c, *pair)) for pair in short] for c in every}),
         "Leads": (["lead of", "over", *map(head, every)], {pair: [spread(leads(c, *pair), "+") for c in every] for pair in pairs}),
         "A trained head": values([c for to in probed for c in ((to[0], to[1].removesuffix(", head")), to)], COMPARED),
+        "While training": (["", "beginning", "middle", "end"],
+                           {(f"{task}, {setting}",): [f"{of['fixed']:.2f}, {of['best']:.2f}" for of in results["held"]]
+                            for (task, setting, *_), results in study.items() if "held" in results}),
         "At 0.1 %": values(columns_of(SMALL), SMALL),
         "Which linears": values(columns_of(TARGETS), (*TARGETED, *TARGETS)),
         "Ablations": values(columns_of(ABLATIONS), (*ABLATED, *ABLATIONS)),
