@@ -707,6 +707,8 @@ def finish(trainer: SparseGradTrainer, args: argparse.Namespace, info: dict, use
         "metrics": final or trainer.evaluate(), "evaluations": evaluations, "steps": trainer.state.global_step,
         "trainable_parameters": summary.core + summary.dense, "touched_entries": summary.touched + summary.dense,
         "core_entries": summary.touched, **info, **extra, **measured,
+        "optimizer_bytes": sum(t.nbytes for of in trainer.optimizer.state.values() for t in of.values() if torch.is_tensor(t)),
+        "file_bytes": sum(path.stat().st_size for path in pathlib.Path(trainer.args.output_dir).glob("*.safetensors")),
     }  # fmt: skip
     if args.merge and FIRST:
         for part in (merge(model, model.dtype), tokenizer):

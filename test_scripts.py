@@ -269,6 +269,7 @@ def test_what_a_run_tells_and_keeps(ran):
     assert found["machine"]["threads"] >= 1 and "git_commit" in found and found["seed"] == 0 and found["linears"] == 4
     assert found["used"]["train_rows"] == 24 and not found["used"]["stand_in"] and found["core_entries"] == 408
     assert found["basis_seconds"] > 0 and found["steps_per_second"] > 0 and found["peak_memory_mib"] > 100
+    assert found["optimizer_bytes"] > 8 * found["trainable_parameters"] and found["file_bytes"] > 4 * MLP  # two moments; bases
     # options that reach the method
     adapter = load_file(ran("stsb").folder / finetune.ADAPTER)  # narrow, rank 6, a basis a layer, fixed
     assert [t.shape for name, t in adapter.items() if name.endswith((".U", ".V"))] == 4 * [(32, 6)]

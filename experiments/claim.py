@@ -4,6 +4,7 @@
     python -m experiments.claim run --glue DIR --oasst FILE --tasks mrpc --bf16  the same in mixed precision
     python -m experiments.claim table                                            the tables, from the stored runs
     python -m experiments.claim figure FILE                                      the figure, from the stored runs
+    python -m experiments.claim costs --glue DIR --oasst FILE                    speed and memory; on an idle machine
 
 A cell is a task, a setting and a method. In the setting `paper` all but the MLP linears trains
 densely; in `freeze` only the method and the head train. With `, head` the head trains alone for
@@ -207,11 +208,13 @@ class Study(dict):
         return [result.get("metrics", {}).get(TASKS[cell[0]].metric, math.nan) for result in results]
 
 
-def make(run: Run, paths: dict[str, str], threads: int, bf16: bool = False) -> dict:
-    """Run it; its results, or its arguments and how it "diverged". UserError if it failed otherwise."""
+def make(run: Run, paths: dict[str, str], threads: int, bf16: bool = False, options: tuple[str, ...] = ()) -> dict:
+    """Run it, with further `options`; its results, or its arguments and how it "diverged". UserError if it failed otherwise."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(run.command(paths, f"{folder}/run", bf16), env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*run.command(paths, f"{folder}/run", bf16), *options], env=environment, capture_output=True, text=True
+        )
         if done.returncode not in (0, DIVERGED):
             raise finetune.UserError(f"{run} failed: {done.stderr.strip()[-500:]}")
         if done.returncode == 0:
@@ -247,6 +250,23 @@ def run_all(study: Study, cells: list[Cell], paths: dict[str, str], lanes: int, 
     with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
         for _ in pool.map(fill, cells):  # raises what a lane raised
             pass
+
+
+COSTLY = ("ft", "lora", "meprop", "sparsegrad", "own, rank 128", "cross")
+COSTS, ROUNDS, SHORT = FILE.with_name("costs.jsonl"), 3, ("--max-steps", "20", "--held-out", "8")
+
+
+def cost_runs(task: str, method: str) -> list[Run]:
+    return [Run(task, "freeze", method, 1e-4, seed, True) for seed in range(ROUNDS)]
+
+
+def measure_costs(costs: Study, paths: dict[str, str]) -> None:
+    """Short runs, each method in turn, several times."""
+    for task in ("sst2", "oasst"):
+        for run in (run for runs in zip(*(cost_runs(task, method) for method in COSTLY)) for run in runs):
+            if run not in costs:
+                print(run, flush=True)
+                costs.add(run, make(run, paths, os.cpu_count() or 1, task != "sst2", SHORT))
 
 
 # -------------------------------------------------------------------------------- tables
@@ -300,6 +320,20 @@ def tables(study: Study) -> dict[str, str]:
     }  # fmt: skip
     full = {title: [[*name, *cells] for name, cells in rows.items() if any(cells)] for title, (_, rows) in made.items()}
     return {title: grid(made[title][0], full[title]) for title in made if full[title]}
+
+
+def cost_table(costs: Study) -> str:
+    """What each method takes; ratios are the median over rounds, and their range."""
+    heads = ["", "", "trained numbers", "optimizer, MB", "file, MB", "steps a second, LoRA = 1", "peak, LoRA = 1", "search, s"]
+    rows = []
+    for task, method in ((task, method) for task in dict.fromkeys(run.task for run in costs) for method in COSTLY):
+        mine, loras = ([costs[run] for run in cost_runs(task, of)] for of in (method, "lora"))
+        speed, peak = ([a[key] / b[key] for a, b in zip(mine, loras)] for key in ("steps_per_second", "peak_memory_mib"))
+        sizes = (f"{mine[0][key] / 1e6:.1f}" if mine[0][key] else "" for key in ("optimizer_bytes", "file_bytes"))
+        ratios = (f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})" for of in (speed, peak))
+        search = statistics.median(results["basis_seconds"] for results in mine)
+        rows.append([task, method, f"{mine[0]['trainable_parameters']:,}", *sizes, *ratios, f"{search:.0f}" if search else ""])
+    return grid(heads, rows)
 
 
 def head(column: Column) -> str:
@@ -368,11 +402,17 @@ def main() -> None:
     run.add_argument("--bf16", action="store_true", help=half)
     parsers.add_parser("table", help="print the tables of the stored runs")
     parsers.add_parser("figure", help="draw them").add_argument("file", type=pathlib.Path, help="a picture, such as claim.png")
+    costs = parsers.add_parser("costs", help="measure what each method takes, and print it")
+    for name in ("glue", "oasst"):
+        costs.add_argument(f"--{name}", help=PATHS[name])
     args, study = parser.parse_args(), Study()
     if args.do == "table":
         print("\n\n".join(f"{title}\n\n{table}" for title, table in tables(study).items()))
     elif args.do == "figure":
         figure(study, args.file)
+    elif args.do == "costs":
+        measure_costs(Study(COSTS), vars(args))
+        print(cost_table(Study(COSTS)))
     else:
         paths = {name: path for name in PATHS if (path := getattr(args, name)) is not None}
         for task in args.tasks:

@@ -106,6 +106,23 @@ def test_all_that_is_missing_is_run_once(study, monkeypatch):
     claim.check_precision(study, [("sst2", "paper", "lora")], True)
 
 
+def test_costs_are_measured_in_turn_and_told_beside_loras(study, monkeypatch):
+    def make(run, paths, threads, bf16, options):
+        assert bf16 == (run.task == "oasst") and options == claim.SHORT
+        mine = dict(
+            steps_per_second=2.0 + run.seed if run.method == "cross" else 4.0, peak_memory_mib=100 if run.method == "ft" else 50
+        )
+        return mine | dict(trainable_parameters=1234, optimizer_bytes=2 * 10**6, file_bytes=0, basis_seconds=run.seed)
+
+    monkeypatch.setattr(claim, "make", make)
+    claim.measure_costs(study, {})
+    claim.measure_costs(study, {})  # nothing twice
+    assert len(study) == 2 * 3 * len(claim.COSTLY) and [run.method for run in study][:7] == [*claim.COSTLY, "ft"]
+    table = claim.cost_table(study)
+    assert "| sst2 | ft | 1,234 | 2.0 |  | 1.00 (1.00 to 1.00) | 2.00 (2.00 to 2.00) | 1 |" in table
+    assert "| oasst | cross | 1,234 | 2.0 |  | 0.75 (0.50 to 1.00) | 1.00 (1.00 to 1.00) | 1 |" in table
+
+
 def test_lanes_lose_no_line(study):
     runs = [claim.Run(*LORA, 1e-3, seed, False) for seed in range(200)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
