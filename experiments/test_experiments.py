@@ -235,15 +235,18 @@ def bert(tmp_path_factory):
 @pytest.fixture
 def variant(bert, tmp_path, monkeypatch):
     """variant(change, *options): what the adapter of glue_run.py holds after a few steps with that change."""
-    for owner, name in ((sparsegrad, "find_bases"), (finetune, "make_optimizer"), (finetune.SparseGradTrainer, "training_step")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
+    for name in ("make_optimizer", "add_peft", "make_trainer", "finish"):
+        monkeypatch.setattr(finetune, name, getattr(finetune, name))  # put back afterwards
+    for owner, name in ((sparsegrad, "find_bases"), (finetune.SparseGradTrainer, "training_step")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
 
     def run(change, *options):
         words = ["--task", "sst2", "--model", bert[0], "--data", bert[1], "--batch-size", 4, "--share", "layer", "--lr", 1e-3]
         words = [change, HERE.parent / "glue_run.py", *words, "--output-dir", tmp_path / change, *options]
         monkeypatch.setattr(sys, "argv", ["variants.py", *map(str, words)])
         variants.main()
-        return load_file(tmp_path / change / finetune.ADAPTER)
+        adapter = tmp_path / change / finetune.ADAPTER
+        return load_file(adapter) if adapter.exists() else json.loads((tmp_path / change / "results.json").read_text())
 
     return run
 
@@ -292,6 +295,22 @@ def test_bases_are_refreshed_halfway(variant, bert, tmp_path):
         ranks.append(torch.linalg.matrix_rank(learned, rtol=1e-2).item())
     assert ranks[0] <= 8 < ranks[1] <= 16  # what either half of the steps learned is in the merged model
     assert 1e-3 < refreshed[f"bert.{name}.core.values"].abs().max() < 3e-3  # two steps of new moments
+
+
+def test_a_watched_run_tells_what_its_entries_hold_and_is_the_same_run(variant, tmp_path):
+    options = ("--rank", 8, "--support", "fixed", "--max-steps", 6, "--freeze")
+    plain, watched = variant("core-rate=1", *options), variant("watched", *options)
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    held = json.loads((tmp_path / "watched" / "results.json").read_text())["held"]
+    assert len(held) == 3 and all(0 < of["fixed"] < of["best"] < 1 for of in held)
+    assert held[0]["fixed"] > 10 * 20 / 2048  # what as many entries of a random support would hold
+
+
+@pytest.mark.parametrize("change, linears", [("dora", 4 * 96 + 192), ("shira", 4 * 96), ("vera", 4 * 1024 + 192)])
+def test_peers_of_peft_train_beside_the_head(change, linears, variant):
+    results = variant(change, "--freeze", "--method", "lora", "--share", "role", "--max-steps", 30, "--lr", 1e-2)
+    assert results["trainable_parameters"] == linears + 2 * 32 + 2
+    assert results["metrics"]["eval_loss"] < 0.69
 
 
 # -------------------------------------------------------------------------- other models

@@ -146,7 +146,7 @@ def with_peer(change: str) -> None:
             rank = max(1, round((entries - out) / both))
             return peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=True, **options)
         if change == "shira":
-            return peft.ShiraConfig(r=round(entries / both), random_seed=torch.initial_seed(), **options)
+            return peft.ShiraConfig(r=max(1, round(entries / both)), random_seed=torch.initial_seed(), **options)
         return peft.VeraConfig(r=VERA_RANK, **options)
 
     def make_trainer(model, *args, **options):
