@@ -194,16 +194,16 @@ def find_bases(model: nn.Module, batches: Iterable, target_modules: Targets = No
     n_steps, lr: 30 and 5e-5 by default; lr 0 stays at the pretrained weights.
     share: "role", one basis for all blocks' layers of a role, as in the paper; "layer", one each.
     sides: "both"; "narrow", only the shorter side of each weight (input, of a square one).
-    rank: columns to keep a side; None, all of them (complete bases, as in the paper).
+    rank: columns to keep, all of a shorter side; None: all (complete bases, as in the paper).
     loss_fn: `loss_fn(model, batch)`; default, `.loss` of `model(**batch)`.
     All processes of torch.distributed must call it, each with its part of every batch.
     Raises ValueError for options or batches that do not fit, or gradients missing or not finite."""
     if share not in ("role", "layer") or sides not in ("both", "narrow"):
         raise ValueError(f"share={share!r}: 'role', 'layer'; sides={sides!r}: 'both', 'narrow'")
     shapes = {name: weight_shape(m) for name, m in mlp_linears(model, target_modules).items()}
-    for name, shape in shapes.items():
-        if rank is not None and not 1 <= rank <= min(shape):
-            raise ValueError(f"rank is {rank}, but {name} {shape} has room for 1 to {min(shape)}")
+    room = max(map(min, shapes.values()))
+    if rank is not None and not 1 <= rank <= room:
+        raise ValueError(f"rank is {rank}, but these layers have room for 1 to {room}")
     groups = {n: (_role(n), shape) if share == "role" else n for n, shape in shapes.items()}
     here, world = (dist.get_rank(), dist.get_world_size()) if _joined() else (0, 1)
     sums = {}  # group -> scale (), and for U and V the Gram matrix of G / scale, or its diagonal
@@ -457,9 +457,9 @@ class Summary(NamedTuple):
     weights: int  # entries of the linears that the layers replace
 
     def __str__(self) -> str:
-        share = f"{self.touched:,} entries, {100 * self.touched / max(self.weights, 1):.3g} % of"
-        return (f"{self.layers} SparseGrad layers: a step updates {share} {self.weights:,} weights; "
-                f"{self.dense:,} other parameters train, {self.frozen:,} are frozen")
+        share = f"{100 * self.touched / max(self.weights, 1):.3g} % of {self.weights:,} weights"
+        return (f"{self.layers} SparseGrad layers: a step updates {self.touched:,} entries, "
+                f"{share}; {self.dense:,} other parameters train, {self.frozen:,} are frozen")
 
 def sparsegrad_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
     """Name -> layer, of the SparseGrad layers of `model`."""

@@ -975,14 +975,14 @@ def test_llama_runs(name, ran, home, tokenizer):
 def test_options_reach_the_llama_run(home, monkeypatch):
     asked, find_bases = [], sparsegrad.find_bases
     monkeypatch.setattr(sparsegrad, "find_bases", lambda *args, **options: asked.append(options) or find_bases(*args, **options))
-    words = "--k 100 --max-steps 2 --chunk 16 --loss-on all --rank 16 --share layer --basis-lr 0.5 --basis-steps 3 --every 2"
+    words = "--k 100 --max-steps 2 --chunk 16 --loss-on all --rank 40 --share layer --basis-lr 0.5 --basis-steps 3 --every 2"
     options, folder = f"{TALKS} {words} --target all --held-out 2".format(home=home).split(), "runs/llama-sparsegrad-seed0"
     code, out, err = call(llama_run, *options)
     assert code == 0 and call(llama_run, *options)[0] == 0 and results(f"{folder}-2")["steps"] == 2, err  # a new folder
     found, adapter = results(folder), load_file(f"{folder}/{finetune.ADAPTER}")
     assert found["arguments"]["lr"] == 9e-4  # the paper's, for a model of this name
     bases = [t.shape for name, t in adapter.items() if name.endswith((".U", ".V"))]
-    assert set(bases) == {(32, 16), (64, 16), (128, 16)} and len(bases) == 2 * 2 * (4 + 2)  # blocks, sides, linears
+    assert set(bases) == {(32, 32), (64, 40), (128, 40)} and len(bases) == 2 * 2 * (4 + 2)  # blocks, sides, linears
     assert {name.split(".")[2] for name in adapter if name.endswith("meta")} == {"0", "2"}
     assert found["used"]["train_rows"] > 13 and asked[0]["lr"] == 0.5 and asked[0]["n_steps"] == 3
     assert found["used"]["validation_trees"] == 2 and "2 of its training trees in place" in out

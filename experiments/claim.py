@@ -19,6 +19,7 @@ A run is `glue_run.py` or `llama_run.py` without a hub, so with MiniLM or SmolLM
 """
 
 import concurrent.futures
+import itertools
 import json
 import math
 import os
@@ -113,11 +114,8 @@ TARGETS = {  # as many entries as 1 % of the MLP's linears: MiniLM and SmolLM2 h
     for target, k in (("attention", 0.02), ("all", 0.02 / 3))
     for method in TARGETED
 }
-HEADS = {  # to choose HEAD_STEPS by
-    f"{method}, {steps} head steps": f"{COMPARED[method]} --head-steps {steps}"
-    for steps in (30, 100, 300)
-    for method in ("ft", "lora", "meprop", "cross")
-}
+PROBED = tuple(itertools.product(("ft", "lora", "meprop", "cross"), (30, 100, 300)))
+HEADS = {f"{m}, {steps} head steps": f"{COMPARED[m]} --head-steps {steps}" for m, steps in PROBED}  # to choose HEAD_STEPS by
 WATCHED = {"cross, watched": f"{CROSS} @watched"}  # what its entries hold of gradients as training goes on
 STUDIED = COMPARED | ABLATIONS | SMALL | TARGETS | HEADS | WATCHED
 ABLATED = ("sparsegrad", "own", "own, rank 128", "cross")
@@ -298,6 +296,12 @@ def tables(study: Study) -> dict[str, str]:
         """Heads, and a row a method."""
         return ["", *map(head, columns)], {(m,): [cell(c, m) for c in columns] for m in methods}
 
+    def probes(task: str, method: str) -> list[str]:
+        """Held-out losses at the method's rate, without a trained head, and with one."""
+        lr, names = study.rate((task, "freeze", method))[0], (method, *(name for name in HEADS if name.startswith(f"{method},")))
+        losses = [study.get(Run(task, "freeze", name, lr, 0, True), {}).get("metrics", {}).get("eval_loss") for name in names]
+        return [f"{loss:.3f}" if loss else "" for loss in losses] if any(losses[1:]) else []
+
     fresh, trained = ([column for column in COLUMNS if column[1].endswith("head") == is_trained] for is_trained in (False, True))
     every, probed = columns_of(COMPARED), columns_of(COMPARED, trained)
     claim, others = ([c for c in every if c in fresh and (c[0] in OTHER_MODELS) == beyond] for beyond in (False, True))
@@ -309,13 +313,15 @@ def tables(study: Study) -> dict[str, str]:
         "In short": (["", *(f"{ours}, beside {peer}" for ours, peer in short)],
                      {(head(c),): [verdict(leads(c, *pair)) for pair in short] for c in every}),
         "Leads": (["lead of", "over", *map(head, every)], {pair: [spread(leads(c, *pair), "+") for c in every] for pair in pairs}),
-        "A trained head": values([c for to in probed for c in ((to[0], to[1].removesuffix(", head")), to)], COMPARED),
+        "Ablations": values(columns_of(ABLATIONS), (*ABLATED, *ABLATIONS)),
         "While training": (["", "beginning", "middle", "end"],
                            {(f"{task}, {setting}",): [f"{of['fixed']:.2f}, {of['best']:.2f}" for of in results["held"]]
                             for (task, setting, *_), results in study.items() if "held" in results}),
-        "At 0.1 %": values(columns_of(SMALL), SMALL),
+        "Head steps": (["", "", "0", *dict.fromkeys(str(steps) for _, steps in PROBED)],
+                       {(task, m): probes(task, m) for task in ("sst2", "mrpc") for m, _ in PROBED}),
+        "A trained head": values([c for to in probed for c in ((to[0], to[1].removesuffix(", head")), to)], COMPARED),
         "Which linears": values(columns_of(TARGETS), (*TARGETED, *TARGETS)),
-        "Ablations": values(columns_of(ABLATIONS), (*ABLATED, *ABLATIONS)),
+        "At 0.1 %": values(columns_of(SMALL), SMALL),
         "Other models": (["", *used], {(head(c),): [cell(c, m) for m in used] for c in others}),
     }  # fmt: skip
     full = {title: [[*name, *cells] for name, cells in rows.items() if any(cells)] for title, (_, rows) in made.items()}

@@ -174,11 +174,11 @@ def models():
 
 
 def tables(measured: dict) -> str:
-    heads = ["", *(f"{column}, {part}" for column in measured for part in ("next", "mean", "later"))]
+    """What each choice holds of the next gradients, and of later ones; then whether k is better shared out."""
     names = next(iter(measured.values()))["choices"]
-    rows = [[name, *(f"{share:.2f}" for of in measured.values() for share in of["choices"][name])] for name in names]
-    pools = [[column, *(f"{share:.3f}" for share in of["pooled"])] for column, of in measured.items()]
-    return grid(heads, rows) + "\n\n" + grid(["", "k each", "k shared out"], pools)
+    rows = [[name, *("{0:.2f}, {2:.2f}".format(*of["choices"][name]) for of in measured.values())] for name in names]
+    pools = [[told, *(f"{of['pooled'][i]:.2f}" for of in measured.values())] for i, told in enumerate(("k each", "k shared out"))]
+    return grid(["", *measured], rows) + "\n\n" + grid(["", *measured], pools)
 
 
 def main() -> None:

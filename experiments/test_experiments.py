@@ -39,7 +39,7 @@ def store(study, cell, lr, loss, seed=0, held_out=True, accuracy=0.5):
 
 def test_tables_are_those_of_the_stored_runs():
     told, tables = (HERE / "README.md").read_text(encoding="utf-8"), claim.tables(claim.Study())
-    assert re.findall(r"<!-- claim: (.*) -->", told) == [*tables] == ["The claim", "In short", "Leads", "Ablations", "Other models"]
+    assert re.findall(r"<!-- claim: (.*) -->", told) == [*tables] and len(tables) == 8
     for title, table in tables.items():
         after = told.partition(f"<!-- claim: {title} -->")[2].lstrip()
         assert after.startswith(table + "\n"), f"{title} is not what `python -m experiments.claim table` prints"
@@ -49,10 +49,10 @@ def test_the_readmes_tables_are_those_of_the_stored_runs():
     readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in claim.tables(claim.Study())["In short"].splitlines()]
     heads, rows = rows[0], rows[2:]
-    for ours, said in (("sparsegrad", "the paper's"), ("own, rank 128", "small")):
+    for ours, said, pairs in (("sparsegrad", "the paper's", 9), ("own, rank 128", "small", 9), ("cross", "exactly 1 %", 5)):
         columns = [heads.index(f"{ours}, beside {peer}") for peer in ("lora", "meprop", "ft")]
         counts = [[sum(r[c].startswith(verdict) for r in rows) for verdict in ("ahead", "equal", "behind")] for c in columns]
-        assert len(rows) == 9 and f"| {said} | {' | '.join(', '.join(map(str, c)) for c in counts)} |\n" in readme
+        assert {*map(sum, counts)} == {pairs} and f"| {said} | {' | '.join(', '.join(map(str, c)) for c in counts)} |\n" in readme
     line = benchmark.stored()["h200-bert-base-bf16"]
     for method, said in {
         "ft": "full fine-tuning", "meprop": "MeProp", "sparsegrad": "the paper's", "sparsegrad:rank=128": "small",
@@ -191,6 +191,11 @@ def test_energy_kept_is_that_of_the_largest_entries_after_the_rotation():
 def test_energys_table_is_that_of_its_file():
     table = energy.table(json.loads((HERE / "results" / "energy.json").read_text(encoding="utf-8"))["energies"]["None"])
     assert any(table in path.read_text(encoding="utf-8") for path in HERE.glob("*.md"))
+
+
+def test_the_tables_of_the_cross_are_those_of_its_file():
+    table = cross.tables(json.loads((HERE / "results" / "cross.json").read_text(encoding="utf-8"))["shares"])
+    assert all(part in (HERE / "README.md").read_text(encoding="utf-8") for part in table.split("\n\n"))
 
 
 def test_what_a_cross_holds():
