@@ -98,6 +98,8 @@ ABLATIONS = {  # of one of ABLATED, a thing or two changed in each
     "cross, half moment": f"{CROSS} --adaptivity 0.5",
     "cross, 5 steps": f"{CROSS} --basis-steps 5",
     "cross, one pass": f"{CROSS} --basis-steps 120",
+    "cross, k shared out": f"{CROSS} @k-shared-out",
+    "cross, root rows": f"{CROSS} @root-rows",
     "shared, transposed": f"{COMPARED['sparsegrad']} @transposed",
     "shared, k 10 %": "--method sparsegrad --k 0.1",
     "shared, k 100 %": "--method sparsegrad --k 1.0",

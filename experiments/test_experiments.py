@@ -240,10 +240,13 @@ def bert(tmp_path_factory):
 @pytest.fixture
 def variant(bert, tmp_path, monkeypatch):
     """variant(change, *options): what the adapter of glue_run.py holds after a few steps with that change."""
-    for name in ("make_optimizer", "add_peft", "make_trainer", "finish"):
-        monkeypatch.setattr(finetune, name, getattr(finetune, name))  # put back afterwards
-    for owner, name in ((sparsegrad, "find_bases"), (finetune.SparseGradTrainer, "training_step")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
+    for owner, names in (
+        (finetune, ("make_optimizer", "add_peft", "make_trainer", "finish")),
+        (sparsegrad, ("find_bases", "patch_model", "hyperbolic_cross")),
+        (finetune.SparseGradTrainer, ("training_step",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
 
     def run(change, *options):
         words = ["--task", "sst2", "--model", bert[0], "--data", bert[1], "--batch-size", 4, "--share", "layer", "--lr", 1e-3]
@@ -309,6 +312,16 @@ def test_a_watched_run_tells_what_its_entries_hold_and_is_the_same_run(variant, 
     held = json.loads((tmp_path / "watched" / "results.json").read_text())["held"]
     assert len(held) == 3 and all(0 < of["fixed"] < of["best"] < 1 for of in held)
     assert held[0]["fixed"] > 10 * 20 / 2048  # what as many entries of a random support would hold
+
+
+@pytest.mark.parametrize("change", ["k-shared-out", "root-rows"])
+def test_other_supports(change, variant):
+    options = ("--rank", 16, "--support", "fixed", "--max-steps", 1, "--k", 0.02)
+    plain, other = ({n: t for n, t in variant(c, *options).items() if n.endswith("core.indices")} for c in ("core-rate=1", change))
+    sizes = [{name: len(index) for name, index in of.items()} for of in (plain, other)]
+    assert {*sizes[0].values()} == {41} and any(not torch.equal(plain[name], other[name]) for name in plain)
+    shared_out = any(sizes[1][name] != 41 for name in plain)
+    assert shared_out == (change == "k-shared-out") and sum(sizes[1].values()) == pytest.approx(4 * 41, abs=2)
 
 
 @pytest.mark.parametrize("change, linears", [("dora", 4 * 96 + 192), ("shira", 4 * 96), ("vera", 4 * 1024 + 192)])

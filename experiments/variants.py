@@ -7,6 +7,8 @@ random       orthonormal columns, seeded, instead of HOSVD's
 mixed        HOSVD's directions with other axes in their span: rotated at random, seeded
 transposed   U transposed, as in the released code; for complete bases
 refreshed    bases found anew halfway through training, from the weights as they are then
+k-shared-out the k of all layers of a role, with a fixed support, where λ_i μ_j times a layer's energy is largest
+root-rows    a fixed support of the largest λ_i^½ μ_j
 core-rate=3  the cores' learning rate, in multiples of that of all else that trains
 watched      nothing: but results.json has what the bases hold of gradients at the beginning, the middle and the end
 dora, shira, vera, prefix    with `--method lora`: another method of PEFT, at the size nearest to 1 % of the linears, VeRA
@@ -51,6 +53,38 @@ def with_other_bases(change: str) -> None:
         return {name: other[basis] for name, basis in bases.items()}
 
     sparsegrad.find_bases = find_bases
+
+
+def with_k_shared_out() -> None:
+    energies, patch = {}, sparsegrad.patch_model
+
+    def find_bases(model, batches, names, **options):
+        same = {key: options[key] for key in ("lr", "loss_fn")}
+        for name, grads in sparsegrad.collect_gradients(model, batches, names, n_steps=5, **same).items():
+            energies[name] = grads.square().sum()
+        return found(model, batches, names, **options)
+
+    def patch_model(model, bases, k, *args, **options):
+        if options.get("support") != "fixed":  # the search's twin
+            return patch(model, bases, k, *args, **options)
+        roles = {}
+        for name, basis in bases.items():
+            expected = torch.outer(basis.row_energy, basis.column_energy).flatten() * energies[name]
+            roles.setdefault(sparsegrad._role(name), {})[name] = expected
+        counts = {}
+        for layers in roles.values():
+            shapes = [sparsegrad.weight_shape(model.get_submodule(name)) for name in layers]
+            total = round(k * sum(m * n for m, n in shapes))
+            least = torch.cat([*layers.values()]).topk(total).values[-1]
+            counts |= {name: max(1, int((expected >= least).sum())) for name, expected in layers.items()}
+        return patch(model, bases, counts, *args, **options)
+
+    sparsegrad.find_bases, sparsegrad.patch_model = find_bases, patch_model
+
+
+def with_root_rows() -> None:
+    cross = sparsegrad.hyperbolic_cross
+    sparsegrad.hyperbolic_cross = lambda rows, columns, k: cross(rows.sqrt(), columns, k)
 
 
 def with_refreshed_bases() -> None:
@@ -173,6 +207,10 @@ def main() -> None:
         with_core_rate(float(times))
     elif change == "refreshed":
         with_refreshed_bases()
+    elif change == "k-shared-out":
+        with_k_shared_out()
+    elif change == "root-rows":
+        with_root_rows()
     elif change == "watched":
         with_watch()
     elif change in ("dora", "shira", "vera", "prefix"):
