@@ -40,10 +40,10 @@ ADAPTER = "sparsegrad.safetensors"  # in the run's folder: bases and what traini
 TRAINED = "trained.safetensors"  # in a checkpoint: the parameters that train, as they are
 CHECKPOINT = (TRAINED, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "scipy", "scikit-learn", "bitsandbytes", "gguf")
-# The attention's linears of BERT, DistilBERT, ViT, LLaMA, T5 and GPT-2
+# The attention's linears of BERT, DeBERTa, DistilBERT, ViT, LLaMA, Phi, BART, T5, MPNet and GPT-2
 ATTENTION = (
-    r"(.*\.)?(attention\.((self|attention)\.)?(query|key|value)|attention\.output\.dense|attention\.(q|k|v|out)_lin"
-    r"|(self_attn|attention)\.[qkvo]_proj|(Self|EncDec)Attention\.[qkvo]|attn\.c_(attn|proj))"
+    r"(.*\.)?(attention\.((self|attention)\.)?(query|key|value)(_proj)?|attention\.output\.dense|attention\.(q|k|v|out)_lin"
+    r"|(self_attn|encoder_attn|attention)\.([qkvo]|qkv|out)_proj|(Self|EncDec)Attention\.[qkvo]|attn\.([qkvo]|c_attn|c_proj))"
 )
 HEAD_RATE = 1e-2  # of a classifier that trains alone
 FIRST_STEPS = 5  # left out of the steps per second: allocations and caches
@@ -305,7 +305,7 @@ def apply_method(
 ) -> dict:
     """Put `args.method` on `linears` of `model`, in place; returns what to report.
 
-    Trains, beside the method's own parameters, everything but the MLP weights (as the paper does for GLUE), or with
+    Trains, beside the method's own parameters, all but the weights of `linears` (as the paper does for GLUE), or with
     `args.freeze` only what lies outside the pretrained trunk (a classifier's head; a language model's counts as trunk).
     What trains is kept in fp32. `rows`, collated by `collate`, are what bases are found on. In `folder` it leaves what
     `--resume` needs, and takes the bases from there if a run is gone on with.
@@ -371,15 +371,19 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def train_head(model: nn.Module, args: argparse.Namespace, folder: pathlib.Path, rows: Collection, collate, **training) -> None:
     """Linear probing: the head alone trains for `args.head_steps`, before bases are found and the method begins. A run
-    that is gone on with has it in its checkpoint. `training`: TrainingArguments."""
+    that is gone on with has it in its checkpoint. `training`: TrainingArguments. Raises UserError if there is no head."""
+    folder.mkdir(parents=True, exist_ok=True)
     if not args.head_steps or transformers.trainer_utils.get_last_checkpoint(folder):
         return
-    head = head_parameters(model)
+    if not (head := head_parameters(model)):
+        raise UserError("--head-steps is of no use: this model has no head beside its trunk")
     for name, p in model.named_parameters():
         p.requires_grad_(name in head)
     probing = argparse.Namespace(**vars(args) | {"lr": HEAD_RATE, "max_steps": args.head_steps})
     training |= dict(eval_strategy="no", save_strategy="no", lr_scheduler_type="linear")
     make_trainer(model, probing, folder, {"train": rows}, collate, training=training).train()
+    for name in ("forward", "_original_forward"):  # accelerate's, in mixed precision; the search goes without
+        vars(model).pop(name, None)
 
 
 def own_rows(batch: list) -> list:

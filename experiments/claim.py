@@ -91,7 +91,6 @@ ABLATIONS = {  # of one of ABLATED, a thing or two changed in each
     "own, rank 128, core rate 3": f"{OWN} @core-rate=3",
     "own, rank 128, 5 steps": f"{OWN} --basis-steps 5",
     "own, rank 128, one pass": f"{OWN} --basis-steps 120",
-    "own, rank 128, k 0.1 %": "--method sparsegrad --k 0.001 --share layer --rank 128",
     "own, rank 77, all entries": "--method sparsegrad --k 1.0 --share layer --rank 77",
     "own, narrow": f"{COMPARED['own']} --sides narrow",
     "cross, one moment": f"{CROSS} --adaptivity 0",
@@ -108,6 +107,7 @@ SMALL = {  # at 0.1 %, where LoRA's least rank is more than twice as many number
     "lora, rank 1": "--method lora --rank 1",
     "meprop, k 0.1 %": "--method meprop --k 0.001",
     "shared, k 0.1 %": "--method sparsegrad --k 0.001",
+    "own, rank 128, k 0.1 %": "--method sparsegrad --k 0.001 --share layer --rank 128",
     "cross, k 0.1 %": "--method sparsegrad --k 0.001 --share layer --rank 256 --support fixed",
 }
 TARGETED = ("lora", "meprop", "cross")
@@ -404,7 +404,7 @@ def main() -> None:
         run.add_argument(f"--{name}", help=what)
     run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     run.add_argument("--settings", nargs="+", choices=SETTINGS, default=["paper", "freeze"])
-    run.add_argument("--methods", nargs="+", choices=STUDIED, default=list(COMPARED))
+    run.add_argument("--methods", nargs="+", choices=STUDIED, default=[m for m in COMPARED if m not in OF_PEFT])
     run.add_argument("--lanes", type=int, default=2, help="cells at a time, which share the cores")
     half = "mixed precision: half the time on a CPU with bf16 instructions, far more on others"
     run.add_argument("--bf16", action="store_true", help=half)

@@ -59,10 +59,11 @@ def with_k_shared_out() -> None:
     energies, patch = {}, sparsegrad.patch_model
 
     def find_bases(model, batches, names, **options):
-        same = {key: options[key] for key in ("lr", "loss_fn")}
-        for name, grads in sparsegrad.collect_gradients(model, batches, names, n_steps=5, **same).items():
-            energies[name] = grads.square().sum()
-        return found(model, batches, names, **options)
+        bases, same = found(model, batches, names, **options), {key: options[key] for key in ("lr", "loss_fn")}
+        with torch.random.fork_rng():
+            for name, grads in sparsegrad.collect_gradients(model, batches, names, n_steps=5, **same).items():
+                energies[name] = grads.square().sum()
+        return bases
 
     def patch_model(model, bases, k, *args, **options):
         if options.get("support") != "fixed":  # the search's twin
@@ -157,35 +158,35 @@ def with_watch() -> None:
 
 
 def with_peer(change: str) -> None:
-    """In place of LoRA, whose layers are left out, PEFT's wrapper round the model when the Trainer is made."""
+    """In place of LoRA's layers; what PEFT cannot put into a model is wrapped round it when the Trainer is made."""
     import peft
 
-    make, sizes = finetune.make_trainer, {}
+    add, make, wrapping = finetune.add_peft, finetune.make_trainer, []
 
     def add_peft(model, config, names):
         shapes = [sparsegrad.weight_shape(model.get_submodule(name)) for name in names]
-        sizes.update(names=names, out=sum(m for m, _ in shapes), both=sum(map(sum, shapes)))
-        sizes.update(entries=0.01 * sum(m * n for m, n in shapes))
-
-    def config(of) -> peft.PeftConfig:
-        names, out, both, entries = sizes.values()
-        task = "SEQ_CLS" if "classifier.weight" in finetune.head_parameters(of) else "CAUSAL_LM"
-        if change == "prefix":  # keys and values of every block
-            of = of.config
-            width = of.hidden_size // of.num_attention_heads * getattr(of, "num_key_value_heads", of.num_attention_heads)
-            tokens = round(entries / (2 * of.num_hidden_layers * width))
-            return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=tokens)
-        options = dict(task_type=task, target_modules=names)
+        out, both, entries = sum(m for m, _ in shapes), sum(map(sum, shapes)), 0.01 * sum(m * n for m, n in shapes)
         if change == "dora":  # a number for each output, too
             rank = max(1, round((entries - out) / both))
-            return peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=True, **options)
-        if change == "shira":
-            return peft.ShiraConfig(r=max(1, round(entries / both)), random_seed=torch.initial_seed(), **options)
-        return peft.VeraConfig(r=VERA_RANK, **options)
+            add(model, peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=True), names)
+        elif change == "shira":
+            add(model, peft.ShiraConfig(r=max(1, round(entries / both)), random_seed=torch.initial_seed()), names)
+        elif change == "vera":
+            wrapping.append(peft.VeraConfig(r=VERA_RANK, target_modules=names))
+        else:  # keys and values of every block
+            of = model.config
+            width = of.hidden_size // of.num_attention_heads * getattr(of, "num_key_value_heads", of.num_attention_heads)
+            task = "SEQ_CLS" if finetune.head_parameters(model) else "CAUSAL_LM"
+            tokens = round(entries / (2 * of.num_hidden_layers * width))
+            wrapping.append(peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=tokens))
 
     def make_trainer(model, *args, **options):
-        # without sizes it is the head that trains, alone
-        return make(peft.get_peft_model(model, config(model)) if sizes else model, *args, **options)
+        if wrapping:  # else it is the head that trains, alone
+            flags = {p: p.requires_grad for p in model.parameters()}
+            model = peft.get_peft_model(model, wrapping[0])
+            for p, flag in flags.items():  # PEFT freezes all but its own
+                p.requires_grad_(flag)
+        return make(model, *args, **options)
 
     finetune.add_peft, finetune.make_trainer = add_peft, make_trainer
 
