@@ -383,7 +383,7 @@ def figure(study: Study, path: pathlib.Path) -> None:
         ax.remove()
     for ax, (column, found) in zip(axes.flat, panels.items()):
         for method, of in found.items():
-            at, color = names.index(method), "#000000" if method in PEERS else "#d95f02"
+            at, color = names.index(method), "#000000" if method in (*PEERS, *OF_PEFT) else "#d95f02"
             ax.plot(of, [at] * len(of), "o", color=color, alpha=0.5, markersize=5)
             ax.plot([statistics.mean(of)] * 2, [at - 0.3, at + 0.3], color=color, linewidth=2)
         ax.set_title(head(column), fontsize="small")

@@ -39,7 +39,7 @@ def store(study, cell, lr, loss, seed=0, held_out=True, accuracy=0.5):
 
 def test_tables_are_those_of_the_stored_runs():
     told, tables = (HERE / "README.md").read_text(encoding="utf-8"), claim.tables(claim.Study())
-    assert re.findall(r"<!-- claim: (.*) -->", told) == [*tables] and len(tables) == 8
+    assert re.findall(r"<!-- claim: (.*) -->", told) == [*tables]
     for title, table in tables.items():
         after = told.partition(f"<!-- claim: {title} -->")[2].lstrip()
         assert after.startswith(table + "\n"), f"{title} is not what `python -m experiments.claim table` prints"
@@ -325,10 +325,12 @@ def test_other_supports(change, variant):
 
 
 @pytest.mark.parametrize("change, linears", [("dora", 4 * 96 + 192), ("shira", 4 * 96), ("vera", 4 * 1024 + 192)])
-def test_peers_of_peft_train_beside_the_head(change, linears, variant):
-    results = variant(change, "--freeze", "--method", "lora", "--share", "role", "--max-steps", 30, "--lr", 1e-2)
-    assert results["trainable_parameters"] == linears + 2 * 32 + 2
-    assert results["metrics"]["eval_loss"] < 0.69
+@pytest.mark.parametrize("freeze", [True, False])
+def test_peers_of_peft_train_beside_what_else_trains(change, linears, freeze, variant, bert):
+    options = ("--method", "lora", "--share", "role", "--max-steps", 30, "--lr", 1e-2, *["--freeze"] * freeze)
+    results, head = variant(change, *options), 2 * 32 + 2
+    rest = 0 if freeze else transformers.AutoModel.from_pretrained(bert[0]).num_parameters() - 4 * 32 * 64
+    assert results["trainable_parameters"] == linears + head + rest and results["metrics"]["eval_loss"] < 0.69
 
 
 # -------------------------------------------------------------------------- other models
