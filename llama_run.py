@@ -85,7 +85,7 @@ def fine_tune(args, folder: pathlib.Path, tokenizer, data: dict[str, datasets.Da
     transformers.set_seed(args.seed)
     model, collate = load_model(args), transformers.DataCollatorForSeq2Seq(tokenizer)
     base = [answer(model, tokenizer, [prompt], args) for prompt in args.sample]
-    info = finetune.apply_method(model, every_nth(model, args), args, folder, data["train"], collate)
+    info = finetune.apply_method(model, every_nth(model, args.every, args.target), args, folder, data["train"], collate)
     steps = math.ceil(math.ceil(len(data["train"]) / args.batch_size) / args.gradient_accumulation) * args.epochs
     steps = args.max_steps or max(1, math.ceil(steps))
     every = max(1, math.ceil(steps / 4))
@@ -459,11 +459,11 @@ def load_model(args) -> nn.Module:
     return model
 
 
-def every_nth(model: nn.Module, args) -> dict[str, nn.Module]:
-    """The linears of `--target` in blocks 0, every, 2 * every, ... (section 5.2)."""
-    linears = finetune.target_linears(model, args.target)
+def every_nth(model: nn.Module, every: int, target: str = "mlp") -> dict[str, nn.Module]:
+    """The linears of a `--target` in blocks 0, every, 2 * every, ... (section 5.2)."""
+    linears = finetune.target_linears(model, target)
     numbered = {name: re.search(r"\.(\d+)\.", name) for name in linears}
-    return {name: linears[name] for name, block in numbered.items() if block and int(block[1]) % args.every == 0}
+    return {name: linears[name] for name, block in numbered.items() if block and int(block[1]) % every == 0}
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -143,11 +143,8 @@ GLUE = {
     "cola": ("--method ft --model {home}/half", MLP, MLP),
     "mnli": ("--method lora --rank 5 --freeze", 4 * 5 * 96, 4 * 5 * 96),
     "mrpc": ("--method meprop --freeze --k 0.05 --held-out 8 --max-train-samples 12", MLP, 408),
-    "qnli": (
-        "--method lora --k 0.08 --schedule linear --head-steps 2",
-        4 * 2 * 96,
-        4 * 2 * 96,
-    ),  # 164 entries are nearest to rank 2
+    # 164 entries are nearest to rank 2
+    "qnli": ("--method lora --k 0.08 --schedule linear --head-steps 2", 4 * 2 * 96, 4 * 2 * 96),
     "qqp": ("--method ft --freeze --bf16", MLP, MLP),
     "rte": ("--method sparsegrad --k 0.05", MLP, 408),
     "sst2": ("--method sparsegrad --k 0.05 --lr 3e-3 --epochs 15", MLP, 408),
@@ -463,16 +460,8 @@ def test_two_processes_come_to_what_one_comes_to(home):
     together.append(["llama", 3, *fixed, *["--fsdp"] * SHARDS, "--output-dir", "two/two first"])  # Ctrl-C reaches the second
     together += [["llama", None, *fixed, "--batch-size", "3"], ["llama", "error"]]
     pathlib.Path("runs.json").write_text(json.dumps(together))
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        HERE / "test_scripts.py",
-        "runs.json",
-    ]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, *start, HERE / "test_scripts.py", "runs.json"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     two = subprocess.Popen([*map(str, torchrun)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     for name in SHARED_OUT:

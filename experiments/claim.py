@@ -32,6 +32,7 @@ import threading
 from typing import NamedTuple
 
 import finetune
+from experiments.variants import OF_PEFT  # peers that the paper leaves out
 
 FILE = pathlib.Path(__file__).parent / "results" / "claim.jsonl"
 DIVERGED = 3  # the exit code of such a run
@@ -65,7 +66,6 @@ TASKS = {
 }  # fmt: skip
 OTHER_MODELS = ("t5", "vit", "gpt2")  # beyond the paper's
 COLUMNS = [(task, setting) for task in TASKS for setting in TASKS[task].settings]
-OF_PEFT = ("dora", "shira", "vera", "prefix")  # peers that the paper leaves out
 COMPARED = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "ft": "--method ft",
     "lora": "--method lora --k 0.01",

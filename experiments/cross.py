@@ -15,6 +15,7 @@ import pathlib
 import random
 import statistics
 import sys
+from collections.abc import Iterable
 
 import torch
 import transformers
@@ -22,6 +23,7 @@ import transformers
 import finetune
 import llama_run
 import sparsegrad
+from experiments import energy
 from experiments.claim import grid
 
 K, STEPS, UNSEEN, HEAD_STEPS = 0.01, 120, 12, 300
@@ -72,96 +74,90 @@ def held(cores: torch.Tensor, mask: torch.Tensor) -> float:
 
 def best(cores: torch.Tensor, k: int, rank: int | None = None) -> float:
     """The same of the k largest entries of each, none beyond `rank`."""
-    inside = (
-        sparsegrad.topk_energy(core, k) * (core.norm() / whole.norm()) ** 2 for core, whole in zip(cores[:, :rank, :rank], cores)
-    )
-    return float(sum(inside)) / len(cores)
+    return statistics.mean(energy.best(core[:rank, :rank], k, core) for core in cores)
 
 
-def choices(grads: torch.Tensor, k: int, shared: Bases) -> dict[str, list[float]]:
-    """Choice -> what it holds of the next gradients, of their mean, and of later ones, of one layer's (n, out, in)."""
-    seen, shape = grads[:30], grads.shape[1:]
-    own, mean, of_5, of_all = Bases(seen), Bases(seen.mean(0, keepdim=True)), Bases(grads[:5]), Bases(grads[:STEPS])
+def choices(grads: torch.Tensor, k: int, own: Bases, shared: Bases) -> dict[str, list[float]]:
+    """Choice -> what it holds of the next gradients, of their mean, and of later ones, of one layer's (n, out, in). `own`
+    are the bases of its first 30, `shared` those of all layers of its role."""
+    found, seen, shape = {}, grads[:30], grads.shape[1:]
     ranks = torch.outer(*(torch.arange(1, n + 1) for n in shape))
-    masks = {  # choice -> bases, mask, steps
-        "cross": (own, own.cross(k), 30),
-        "cross, rank 256": (own, own.cross(k, rank=256), 30),
-        "cross, rank 128": (own, own.cross(k, rank=128), 30),
-        "cross, λ and μ^½": (own, own.cross(k, (1, 0.5)), 30),
-        "cross, λ^½ and μ": (own, own.cross(k, (0.5, 1)), 30),
-        "cross of 1 / ij": (own, largest(1 / ranks, k), 30),
-        "corner, a rank for each side": (own, corner(shape, *best_sides(own.rows, own.columns, k)), 30),
-        "corner, square": (own, corner(shape, int(k**0.5), int(k**0.5)), 30),
-        "largest measured energy": (own, largest(own.rotate(seen).square().sum(0), k), 30),
-        "largest in the mean gradient": (own, largest(own.rotate(seen.mean(0)).abs(), k), 30),
-        "largest measured energy, no basis": (None, largest(seen.square().sum(0), k), 30),
-        "cross of the mean gradient's spectra": (mean, mean.cross(k), 30),
-        "cross, shared": (shared, shared.cross(k), 30),
-        "cross, 5 steps": (of_5, of_5.cross(k), 5),
-        "cross, 120 steps": (of_all, of_all.cross(k), STEPS),
-    }
-    found, later = {}, own.rotate(grads[-UNSEEN:])
-    core = own.rotate(grads[30 : 30 + UNSEEN])
-    for name, rank in (("best k of each step", None), ("best k of each step, rank 256", 256)):
-        found[name] = [best(core, k, rank), best(core.mean(0, keepdim=True), k, rank), best(later, k, rank)]
-    plain, last = grads[30 : 30 + UNSEEN], grads[-UNSEEN:]
-    found["best k of each step, no basis"] = [best(plain, k), best(plain.mean(0, keepdim=True), k), best(last, k)]
-    for name, (bases, mask, steps) in masks.items():
+
+    def parts(bases: Bases | None, steps: int) -> list[torch.Tensor]:
+        """The gradients after those steps, their mean, and the last ones, between bases."""
         after, last = (of if bases is None else bases.rotate(of) for of in (grads[steps : steps + UNSEEN], grads[-UNSEEN:]))
-        found[name] = [held(after, mask), held(after.mean(0, keepdim=True), mask), held(last, mask)]
+        return [after, after.mean(0, keepdim=True), last]
+
+    def add(parts: list[torch.Tensor], masks: dict[str, torch.Tensor]) -> None:
+        found.update({name: [held(cores, mask) for cores in parts] for name, mask in masks.items()})
+
+    rotated, plain = parts(own, 30), parts(None, 30)
+    found["best k of each step"] = [best(cores, k) for cores in rotated]
+    found["best k of each step, rank 256"] = [best(cores, k, 256) for cores in rotated]
+    found["best k of each step, no basis"] = [best(cores, k) for cores in plain]
+    add(rotated, {
+        "cross": own.cross(k),
+        "cross, rank 256": own.cross(k, rank=256),
+        "cross, rank 128": own.cross(k, rank=128),
+        "cross, λ and μ^½": own.cross(k, (1, 0.5)),
+        "cross, λ^½ and μ": own.cross(k, (0.5, 1)),
+        "cross of 1 / ij": largest(1 / ranks, k),
+        "corner, a rank for each side": corner(shape, *best_sides(own.rows, own.columns, k)),
+        "corner, square": corner(shape, int(k**0.5), int(k**0.5)),
+        "largest measured energy": largest(own.rotate(seen).square().sum(0), k),
+        "largest in the mean gradient": largest(own.rotate(seen.mean(0)).abs(), k),
+    })  # fmt: skip
+    add(plain, {"largest measured energy, no basis": largest(seen.square().sum(0), k)})
+    mean, of_5, of_all = Bases(seen.mean(0, keepdim=True)), Bases(grads[:5]), Bases(grads[:STEPS])
+    add(parts(mean, 30), {"cross of the mean gradient's spectra": mean.cross(k)})
+    add(parts(shared, 30), {"cross, shared": shared.cross(k)})
+    add(parts(of_5, 5), {"cross, 5 steps": of_5.cross(k)})
+    add(parts(of_all, STEPS), {"cross, 120 steps": of_all.cross(k)})
     return found
 
 
-def pooled(layers: list[torch.Tensor], k: int) -> list[float]:
+def pooled(layers: list[torch.Tensor], bases: list[Bases], k: int) -> list[float]:
     """What the layers of a role, gradients (n, out, in) each, hold of their next gradients' energy together by a cross of
     k entries each, then by as many that are shared out: where λ_i μ_j times the layer's energy is largest."""
-    expected, energies = [], []
-    for grads in layers:
-        bases = Bases(grads[:30])
-        expected.append(torch.outer(bases.rows, bases.columns))
-        energies.append(bases.rotate(grads[30 : 30 + UNSEEN]).square().sum(0))
+    expected = [torch.outer(own.rows, own.columns) for own in bases]
+    energies = [own.rotate(grads[30 : 30 + UNSEEN]).square().sum(0) for own, grads in zip(bases, layers)]
     weighted = torch.cat([of * grads[:30].square().sum() for of, grads in zip(expected, layers)])  # (L out, in)
-    equal = sum(energy[largest(of, k)].sum() for of, energy in zip(expected, energies))
+    equal = sum(of[largest(guess, k)].sum() for guess, of in zip(expected, energies))
     shared_out = torch.cat(energies)[largest(weighted, k * len(layers))].sum()
     return [(part / torch.cat(energies).sum()).item() for part in (equal, shared_out)]
 
 
-def role(name: str) -> str:
-    return ".".join(part for part in name.split(".") if not part.isdecimal())
-
-
-def of_model(model, batches: list[dict], target: str) -> dict:
-    """{"choices": choice -> [next, their mean, later], "pooled": [k each, k shared out]}, means over layers and over roles."""
-    names = list(finetune.target_linears(model, target))
-    names = [name for name in names if not name.startswith("model.layers") or int(name.split(".")[2]) % 6 == 0]
-    stacks = sparsegrad.collect_gradients(model, batches, names, n_steps=STEPS + UNSEEN)
+def of_model(model, batches: Iterable[dict], names: Iterable[str], share: float) -> dict:
+    """{"choices": choice -> [next, their mean, later], "pooled": [k each, k shared out]}, means over layers and over roles.
+    k is a share of a linear."""
+    stacks = sparsegrad.collect_gradients(model, batches, list(names), n_steps=STEPS + UNSEEN)
     found, together, roles = [], [], {}
-    for name in names:
-        roles.setdefault(role(name), []).append(name)
+    for name, grads in stacks.items():
+        roles.setdefault(sparsegrad._role(name), []).append(grads)
     for layers in roles.values():
-        grads = [stacks[name] for name in layers]
-        k = round(K * (2 if target == "attention" else 1) * grads[0][0].numel())
-        shared = Bases(torch.cat([of[:30] for of in grads]))
-        found += [choices(of, k, shared) for of in grads]
-        together.append(pooled(grads, k))
+        k, bases = round(share * layers[0][0].numel()), [Bases(grads[:30]) for grads in layers]
+        shared = Bases(torch.cat([grads[:30] for grads in layers]))
+        found += [choices(grads, k, own, shared) for grads, own in zip(layers, bases)]
+        together.append(pooled(layers, bases, k))
     mean = {name: [statistics.mean(of[name][i] for of in found) for i in range(3)] for name in found[0]}
     return {"choices": mean, "pooled": [statistics.mean(of) for of in zip(*together)]}
 
 
 def models():
-    """Column -> (model, batches, target)."""
+    """Column, and what `of_model` takes."""
     from tutorials.common import batches, minilm, rotten_tomatoes  # it sets torch and matplotlib to its taste
 
     model, tokenizer = minilm()
     data = batches(tokenizer, rotten_tomatoes()["train"], 32)
-    yield "MiniLM", model, data, "mlp"
-    yield "MiniLM, attention", model, data, "attention"
-    optimizer = torch.optim.AdamW(finetune.head_parameters(model).values(), 1e-2)
+    mlp, attention = (finetune.target_linears(model, target) for target in ("mlp", "attention"))
+    yield "MiniLM", model, data, mlp, K
+    yield "MiniLM, attention", model, data, attention, 2 * K
+    optimizer = torch.optim.AdamW(finetune.head_parameters(model).values(), finetune.HEAD_RATE)
     for batch in random.Random(1).choices(data, k=HEAD_STEPS):
         model(**batch).loss.backward()
         optimizer.step()
         model.zero_grad()
-    yield "MiniLM, trained head", model, data, "mlp"
+    yield "MiniLM, trained head", model, data, mlp, K
     sys.argv = ["llama_run.py", "--max-length", "256"]
     llama_run.CHITCHAT = 2 * (STEPS + UNSEEN) * 5 // 4  # a fifth of them is to validate
     args = llama_run.parse()
@@ -169,8 +165,8 @@ def models():
     model, tokenizer = llama_run.load_model(args), llama_run.load_tokenizer(args)
     rows = llama_run.prepare(llama_run.load_trees(args)[0], tokenizer, args, "train", None)
     data = torch.utils.data.DataLoader(rows, 2, collate_fn=transformers.DataCollatorForSeq2Seq(tokenizer))
-    yield "SmolLM2", model, data, "mlp"
-    yield "SmolLM2, attention", model, data, "attention"
+    yield "SmolLM2", model, data, llama_run.every_nth(model, 6), K
+    yield "SmolLM2, attention", model, data, llama_run.every_nth(model, 6, "attention"), 2 * K
 
 
 def tables(measured: dict) -> str:

@@ -30,13 +30,17 @@ SHARES = {"role": "shared", "layer": "own"}
 ROLES = ("up", "down")
 
 
+def best(core: torch.Tensor, k: int, grad: torch.Tensor) -> float:
+    """Share of the squared norm of `grad` (out, in) that the k largest entries of its `core`, or of a part of it, hold."""
+    return sparsegrad.topk_energy(core, k) * (core.norm() / grad.norm()).item() ** 2
+
+
 def kept(grad: torch.Tensor, complete: sparsegrad.Basis, way: Method) -> float:
     """Share of the squared norm of `grad` (out, in) that a step keeps."""
     basis = way.basis(complete)
     core = grad if basis.V is None else basis.V.T @ grad  # (r, out) @ (out, in)
     core = core if basis.U is None else core @ basis.U  # (r, in) @ (in, r)
-    k = core.numel() if way.k else round(0.01 * grad.numel())
-    return sparsegrad.topk_energy(core, k) * (core.norm() / grad.norm()).item() ** 2
+    return best(core, core.numel() if way.k else round(0.01 * grad.numel()), grad)
 
 
 def measure() -> dict:

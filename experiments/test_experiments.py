@@ -40,6 +40,9 @@ def store(study, cell, lr, loss, seed=0, held_out=True, accuracy=0.5):
 def test_tables_are_those_of_the_stored_runs():
     told, tables = (HERE / "README.md").read_text(encoding="utf-8"), claim.tables(claim.Study())
     assert re.findall(r"<!-- claim: (.*) -->", told) == [*tables]
+    assert [*tables] == [
+        "The claim", "In short", "Leads", "Ablations", "While training", "Head steps", "At 0.1 %", "Other models",
+    ]  # fmt: skip
     for title, table in tables.items():
         after = told.partition(f"<!-- claim: {title} -->")[2].lstrip()
         assert after.startswith(table + "\n"), f"{title} is not what `python -m experiments.claim table` prints"
@@ -49,6 +52,7 @@ def test_the_readmes_tables_are_those_of_the_stored_runs():
     readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in claim.tables(claim.Study())["In short"].splitlines()]
     heads, rows = rows[0], rows[2:]
+    assert len(rows) == 9
     for ours, said, pairs in (("sparsegrad", "the paper's", 9), ("own, rank 128", "small", 9), ("cross", "exactly 1 %", 5)):
         columns = [heads.index(f"{ours}, beside {peer}") for peer in ("lora", "meprop", "ft")]
         counts = [[sum(r[c].startswith(verdict) for r in rows) for verdict in ("ahead", "equal", "behind")] for c in columns]
@@ -165,6 +169,7 @@ def test_every_command_is_one_its_script_takes(monkeypatch):
         assert args.method == named and args.bf16 and args.held_out > 1
         assert (args.freeze, args.lr, args.seed) == (setting.startswith("freeze"), 1e-3, 4)
         assert args.target == next((target for target in ("attention", "all") if method.endswith(f", {target}")), "mlp")
+        assert method == "ft" or args.k in (0.001, 0.01, 0.1, 1.0, 0.02, 0.02 / 3)
         assert bool(getattr(args, "head_steps", 0)) == ("head" in setting + method)
 
 
@@ -204,8 +209,8 @@ def test_what_a_cross_holds():
     V, U = (torch.linalg.qr(torch.randn(n, n)).Q for n in (300, 280))
     size = torch.outer(*(2.0 ** (-torch.arange(n) / 20) for n in (300, 280)))
     grads = V @ (size * torch.randn(150, 300, 280).sign()) @ U.T
-    k = 840
-    found = cross.choices(grads, k, cross.Bases(grads[:30]))
+    k, own = 840, cross.Bases(grads[:30])
+    found = cross.choices(grads, k, own, own)
     ideal = sparsegrad.topk_energy(size, k)
     for name in ("cross", "cross, 120 steps", "cross, shared"):
         assert found[name] == pytest.approx([ideal] * 3, abs=0.03), name
@@ -215,7 +220,8 @@ def test_what_a_cross_holds():
     assert found["corner, square"][0] < found["corner, a rank for each side"][0] + 0.01 < found["cross"][0]
     assert found["largest measured energy, no basis"][0] < 0.1
     small = grads[:, :, :140] / 100  # of a layer that gets few of the entries shared out
-    equal, shared_out = cross.pooled([grads, torch.cat((small, small), 2)], k)
+    layers = [grads, torch.cat((small, small), 2)]
+    equal, shared_out = cross.pooled(layers, [own, cross.Bases(layers[1][:30])], k)
     assert equal < shared_out < 1
 
 

@@ -30,6 +30,7 @@ import finetune
 import sparsegrad
 
 found = sparsegrad.find_bases
+OF_PEFT = ("dora", "shira", "vera", "prefix")
 VERA_RANK = 1024  # as its paper at most; 1 % of the linears would take five times as many, and its products are slow
 
 
@@ -133,9 +134,9 @@ class Watch(transformers.TrainerCallback):
         fixed, best = [], []
         for name, layer in layers.items():
             for G in stacks[name]:
-                core, all_of_it = layer.basis.V.T @ G @ layer.basis.U, G.square().sum()  # (r, out) @ (out, in) @ (in, r)
-                fixed.append((core.flatten()[layer.support].square().sum() / all_of_it).item())
-                best.append((core.flatten().square().topk(layer.k).values.sum() / all_of_it).item())
+                core = layer.basis.V.T @ G @ layer.basis.U  # (r, out) @ (out, in) @ (in, r)
+                fixed.append((core.flatten()[layer.support].norm() / G.norm()).item() ** 2)
+                best.append(sparsegrad.topk_energy(core, layer.k) * (core.norm() / G.norm()).item() ** 2)
         self.held.append({"fixed": statistics.mean(fixed), "best": statistics.mean(best)})
 
     def on_step_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
@@ -214,7 +215,7 @@ def main() -> None:
         with_root_rows()
     elif change == "watched":
         with_watch()
-    elif change in ("dora", "shira", "vera", "prefix"):
+    elif change in OF_PEFT:
         with_peer(change)
     elif change in ("random", "mixed", "transposed"):
         with_other_bases(change)
