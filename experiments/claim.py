@@ -78,6 +78,7 @@ COMPARED = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "narrow, all entries": "--method sparsegrad --k 1.0 --sides narrow --rank {}",
     **{method: f"--method lora --k 0.01 @{method}" for method in OF_PEFT},  # what follows an @ is a change of variants.py
 }
+PEERS = tuple(method for method in finetune.METHODS if method != "sparsegrad")
 OWN, CROSS = COMPARED["own, rank 128"], COMPARED["cross"]
 ABLATIONS = {  # of one of ABLATED, a thing or two changed in each
     "own, rank 128, random": f"{OWN} @random",
@@ -103,6 +104,19 @@ ABLATIONS = {  # of one of ABLATED, a thing or two changed in each
     "shared, k 10 %": "--method sparsegrad --k 0.1",
     "shared, k 100 %": "--method sparsegrad --k 1.0",
 }
+AMONG = {  # whose leads are told beside the ablations' results, and over what
+    "own, rank 128, random": ("own, rank 128",),
+    "own, random": ("own",),
+    "own, rank 128, mixed": ("own, rank 128",),
+    "own, rank 128, one moment": ("own, rank 128",),
+    "own, rank 128, half moment": ("own, rank 128", *PEERS),
+    "own, one moment": ("own",),
+    "own": ("sparsegrad",),
+    "own, rank 128": ("sparsegrad",),
+    "cross": ("sparsegrad", "own, rank 128"),
+    "cross, complete": ("cross",),
+    "cross, half moment": ("cross", *PEERS),
+}
 SMALL = {  # at 0.1 %, where LoRA's least rank is more than twice as many numbers
     "lora, rank 1": "--method lora --rank 1",
     "meprop, k 0.1 %": "--method meprop --k 0.001",
@@ -121,7 +135,6 @@ HEADS = {f"{m}, {steps} head steps": f"{COMPARED[m]} --head-steps {steps}" for m
 WATCHED = {"cross, watched": f"{CROSS} @watched"}  # what its entries hold of gradients as training goes on
 STUDIED = COMPARED | ABLATIONS | SMALL | TARGETS | HEADS | WATCHED
 ABLATED = ("sparsegrad", "own", "own, rank 128", "cross")
-PEERS = tuple(method for method in finetune.METHODS if method != "sparsegrad")
 IN_SHORT = ("sparsegrad", "own, rank 128", "cross")  # the kinds of SparseGrad whose leads are told in short
 PATHS = {
     "glue": "GLUE's folder, with SST-2 and MRPC",
@@ -298,6 +311,9 @@ def tables(study: Study) -> dict[str, str]:
         """Heads, and a row a method."""
         return ["", *map(head, columns)], {(m,): [cell(c, m) for c in columns] for m in methods}
 
+    def told(pairs, columns: list[Column]) -> tuple:
+        return ["lead of", "over", *map(head, columns)], {p: [spread(leads(c, *p), "+") for c in columns] for p in pairs}
+
     def probes(task: str, method: str) -> list[str]:
         """Held-out losses at the method's rate, without a trained head, and with one."""
         lr, names = study.rate((task, "freeze", method))[0], (method, *(name for name in HEADS if name.startswith(f"{method},")))
@@ -305,7 +321,7 @@ def tables(study: Study) -> dict[str, str]:
         return [f"{loss:.3f}" if loss else "" for loss in losses] if any(losses[1:]) else []
 
     fresh, trained = ([column for column in COLUMNS if column[1].endswith("head") == is_trained] for is_trained in (False, True))
-    every, probed = columns_of(COMPARED), columns_of(COMPARED, trained)
+    every, probed, ablated = columns_of(COMPARED), columns_of(COMPARED, trained), columns_of(ABLATIONS)
     claim, others = ([c for c in every if c in fresh and (c[0] in OTHER_MODELS) == beyond] for beyond in (False, True))
     used = [method for method in COMPARED if any(found[column, method] for column in others)]
     pairs = [(ours, peer) for ours in COMPARED if ours not in (*PEERS, *OF_PEFT) for peer in PEERS]
@@ -314,8 +330,9 @@ def tables(study: Study) -> dict[str, str]:
         "The claim": values(claim, COMPARED),
         "In short": (["", *(f"{ours}, beside {peer}" for ours, peer in short)],
                      {(head(c),): [verdict(leads(c, *pair)) for pair in short] for c in every}),
-        "Leads": (["lead of", "over", *map(head, every)], {pair: [spread(leads(c, *pair), "+") for c in every] for pair in pairs}),
-        "Ablations": values(columns_of(ABLATIONS), (*ABLATED, *ABLATIONS)),
+        "Leads": told(pairs, every),
+        "Ablations": values(ablated, (*ABLATED, *ABLATIONS)),
+        "Among them": told(((ours, over) for ours in AMONG for over in AMONG[ours]), ablated),
         "While training": (["", "beginning", "middle", "end"],
                            {(f"{task}, {setting}",): [f"{of['fixed']:.2f}, {of['best']:.2f}" for of in results["held"]]
                             for (task, setting, *_), results in study.items() if "held" in results}),
