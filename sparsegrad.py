@@ -30,7 +30,6 @@ basis that is None stands for the identity; with neither this is the paper's MeP
 import collections
 import copy
 import math
-import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -106,7 +105,7 @@ def mlp_linears(model: nn.Module, target_modules: Targets = None) -> dict[str, n
     if not found or (target_modules is None and half):
         some, there = (", ".join(sorted(set(map(_role, names)))) for names in (found, linears))
         what = f"{target_modules or 'a known MLP'}: found {some and f'only {some}' or 'nothing'}"
-        raise ValueError(f"{what}; pass target_modules. Linear layers: {there or 'none'}")
+        raise ValueError(f"{what}; pass target_modules. Linears (*: a number): {there or 'none'}")
     return found
 
 # ------------------------------------------------------------- gradients and their bases
@@ -246,9 +245,8 @@ def _spectrum(gram: Tensor, rank: int | None, name: str, mine: bool) -> tuple:
         raise ValueError(f"the gradients of {name} are zero or not finite: no basis in them")
     if gram.dim() == 1:
         return None, gram / energy * mine
-    zeros = torch.zeros_like(gram[0]), torch.zeros_like(gram)  # in fp64: orthogonal to 1e-7
-    values, vectors = torch.linalg.eigh(gram.double() / energy) if mine else zeros
-    vectors, values = vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp(min=0)
+    values, vectors = torch.linalg.eigh(gram.double() / energy) if mine else (0 * gram[0], 0 * gram)
+    vectors, values = vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp(min=0)  # in fp64
     return vectors.to(gram.dtype), values.to(gram.dtype)
 
 # ------------------------------------------------------------------------ sparse gradients
@@ -362,10 +360,9 @@ class SparseGradLinear(nn.Module):
         return Tensor._make_wrapper_subclass(_NoValues, shape, dtype=W.dtype, device=W.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        device, leading = x.device.type, x.shape[:-1]
-        if device != "meta" and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))  # once, not for each product
-        x = x.reshape(-1, x.shape[-1])  # (T, in)
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for each product
+        leading, x = x.shape[:-1], x.reshape(-1, x.shape[-1])  # (T, in)
         C, U, V = self._factors(x.dtype)
         written = self._writes_out(len(x))
         if self.base is None:
@@ -379,6 +376,9 @@ class SparseGradLinear(nn.Module):
             x = x if V is None else F.linear(x, C)  # (T, r_in) @ (r_in, r_out)
             y.addmm_(x, C.T if V is None else V.T)  # (T, r_out) @ (r_out, out)
         return y.reshape(*leading, self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, core={tuple(self.core.shape)}, k={self.k}"
 
     def _writes_out(self, tokens: int) -> bool:
         """Whether W + V C Uᵀ takes fewer multiply-adds a step than rotating so many tokens. Never
@@ -435,7 +435,7 @@ def _entries(name: str, shape: tuple[int, int], basis: Basis, k, support: str, c
         if b is not None and not (len(b) == size and 1 <= b.shape[-1] <= size):
             raise ValueError(f"{side} of {name} is {tuple(b.shape)}, not ({size}, 1 to {size})")
     core = basis.core_shape(*shape)
-    if k is not None and not isinstance(k, numbers.Integral):
+    if k is not None and not hasattr(k, "__index__"):  # a share
         if not 0 < k <= 1:
             raise ValueError(f"k is {k}: a share lies above 0 and up to 1.0, a count is an int")
         k = max(1, min(round(float(k) * math.prod(shape)), math.prod(core)))

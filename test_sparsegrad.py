@@ -625,6 +625,7 @@ def test_what_trains_is_as_the_summary_says(find):
         summary, total = sg.summary(model), sum(p.numel() for p in tiny_bert().parameters())
         assert summary == (4, 4 * 32 * 64, 4 * 20, total - 4 * 32 * 64, 4 * 32 * 64, 4 * 32 * 64)
         assert "4 SparseGrad layers: a step updates 80 entries, 0.977 % of 8,192 weights" in str(summary)
+    assert "SparseGradLinear(\n  32, 64, core=(64, 32), k=20" in str(next(iter(sg.sparsegrad_layers(model).values())))
     before = copy.deepcopy(model)
     train(model, SparseGradAdamW(model.parameters(), lr=1e-2, weight_decay=0.1), tiny_batches(2))
     for (name, p), q in zip(model.named_parameters(), before.parameters()):
