@@ -135,7 +135,7 @@ def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
     add("--basis-steps", type=int, default=30, help="steps of back-propagation for the bases, one pass at most; default 30")
     add("--basis-lr", type=float, default=5e-5, help="their learning rate, default 5e-5; 0: the pretrained weights', less memory")
     add("--lr", type=float, help="learning rate; default by method and model")
-    add("--adaptivity", type=float, default=1.0, help="SparseGradAdamW's, for the cores, 0 to 1; 1: Adam")
+    add("--adaptivity", type=float, default=1.0, help="SparseGradAdamW's, for the cores; 1: Adam; 0.5: better on conversations")
     add("--batch-size", type=int, help="rows a step, of all processes together")
     add("--epochs", type=float, help="passes over the training rows")
     add("--max-steps", type=int, help="stop after so many steps, whatever --epochs says")
