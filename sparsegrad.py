@@ -246,8 +246,8 @@ def _spectrum(gram: Tensor, rank: int | None, name: str, mine: bool) -> tuple:
     if gram.dim() == 1:
         return None, gram / energy * mine
     values, vectors = torch.linalg.eigh(gram.double() / energy) if mine else (0 * gram[0], 0 * gram)
-    vectors, values = vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp(min=0)  # in fp64
-    return vectors.to(gram.dtype), values.to(gram.dtype)
+    vectors, values = vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp(min=0)
+    return vectors.to(gram.dtype), values.to(gram.dtype)  # by fp64 orthogonal to 1e-7
 
 # ------------------------------------------------------------------------ sparse gradients
 def topk_coo(grad: Tensor, k: int) -> Tensor:
