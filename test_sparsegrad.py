@@ -562,13 +562,10 @@ def test_k_as_a_share_counts_entries_of_the_weight():
 
 LLAMA = dict(**SIZES, num_key_value_heads=2, max_position_embeddings=32)
 FAMILIES = {
-    "BertForSequenceClassification": SIZES,
-    "RobertaForSequenceClassification": SIZES,
+    **dict.fromkeys(("BertForSequenceClassification", "RobertaForSequenceClassification"), SIZES),
     "DistilBertForSequenceClassification": dict(vocab_size=50, dim=32, hidden_dim=64, n_layers=2, n_heads=2),
     "ViTForImageClassification": dict(**SIZES, image_size=8, patch_size=4),
-    "LlamaForCausalLM": LLAMA,
-    "MistralForCausalLM": LLAMA,
-    "Qwen2ForCausalLM": LLAMA,
+    **dict.fromkeys(("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"), LLAMA),
     "T5ForConditionalGeneration": dict(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0),
     "GPT2LMHeadModel": dict(vocab_size=50, n_embd=32, n_inner=64, n_layer=2, n_head=2),
 }
@@ -902,13 +899,8 @@ def test_the_stock_trainer_clips_checkpoints_and_resumes_to_the_bit(tmp_path):
     assert sum(not torch.equal(a, b) for a, b in zip(straight, start.parameters())) > 10
 
 
-KINDS = {
-    "dense": dict(k=None, find=dict(rank=8)),
-    "fixed": dict(support="fixed", find=dict(sides="narrow")),
-    "step": dict(cut="step"),
-    "meprop": dict(cut="step", find=None),
-    "backward": dict(cut="backward"),
-}
+KINDS = {"dense": dict(k=None, find=dict(rank=8)), "fixed": dict(support="fixed", find=dict(sides="narrow"))}
+KINDS |= {"step": dict(cut="step"), "meprop": dict(cut="step", find=None), "backward": dict(cut="backward")}
 
 
 def five_steps(call, model, parts):

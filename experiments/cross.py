@@ -163,7 +163,7 @@ def models():
     args = llama_run.parse()
     args.hub = False
     model, tokenizer = llama_run.load_model(args), llama_run.load_tokenizer(args)
-    rows = llama_run.prepare(llama_run.load_trees(args)[0], tokenizer, args, "train", None)
+    rows = llama_run.prepare(llama_run.load_trees(args)[0], tokenizer, args, "train")
     data = torch.utils.data.DataLoader(rows, 2, collate_fn=transformers.DataCollatorForSeq2Seq(tokenizer))
     yield "SmolLM2", model, data, llama_run.every_nth(model, 6), K
     yield "SmolLM2, attention", model, data, llama_run.every_nth(model, 6, "attention"), 2 * K
