@@ -503,6 +503,8 @@ def test_paper_early_stopping_three_seeds_and_its_resume(home, monkeypatch):
     assert code == 0 and "seed0 is finished already" in out and "resuming from checkpoint-10" in out, err
     for a, b in zip(runs, results("out")["runs"]):
         assert a["steps"] == b["steps"] and a["metrics"]["eval_loss"] == b["metrics"]["eval_loss"]
+    short = [*options, "--max-steps", 1, "--output-dir", "short"]  # over before the first evaluation: no step is the best
+    assert call(script, *short, press=(None,))[0] == 130 and call(script, "--resume", "short")[0] == 0
 
 
 def test_damaged_checkpoints_are_named_and_left_alone(home):

@@ -19,7 +19,6 @@ A run is `glue_run.py` or `llama_run.py` without a hub, so with MiniLM or SmolLM
 """
 
 import concurrent.futures
-import itertools
 import json
 import math
 import os
@@ -66,6 +65,7 @@ TASKS = {
 }  # fmt: skip
 OTHER_MODELS = ("t5", "vit", "gpt2")  # beyond the paper's
 COLUMNS = [(task, setting) for task in TASKS for setting in TASKS[task].settings]
+FRESH = [column for column in COLUMNS if not column[1].endswith(", head")]
 COMPARED = {  # options; all at 1 % of a linear, or LoRA's rank nearest to it
     "ft": "--method ft",
     "lora": "--method lora --k 0.01",
@@ -130,8 +130,9 @@ TARGETS = {  # as many entries as 1 % of the MLP's linears: MiniLM and SmolLM2 h
     for target, k in (("attention", 0.02), ("all", 0.02 / 3))
     for method in TARGETED
 }
-PROBED = tuple(itertools.product(("ft", "lora", "meprop", "cross"), (30, 100, 300)))
-HEADS = {f"{m}, {steps} head steps": f"{COMPARED[m]} --head-steps {steps}" for m, steps in PROBED}  # to choose HEAD_STEPS by
+HEADED, PROBED = ("ft", "lora", "meprop", "cross"), (30, 300)  # beside HEAD_STEPS, to choose it by
+HEADS = {f"{m}, {steps} head steps": f"{COMPARED[m]} --head-steps {steps}" for m in HEADED for steps in PROBED}
+HEADS["head alone"] = "--method ft --max-steps 1"  # at a rate of 0, after HEAD_STEPS
 WATCHED = {"cross, watched": f"{CROSS} @watched"}  # what its entries hold of gradients as training goes on
 STUDIED = COMPARED | ABLATIONS | SMALL | TARGETS | HEADS | WATCHED
 ABLATED = ("sparsegrad", "own", "own, rank 128", "cross")
@@ -302,10 +303,10 @@ def tables(study: Study) -> dict[str, str]:
         of = found[column, method]
         return f"{spread(of)} ({study.rate((*column, method))[0]:g})" if of else ""
 
-    def leads(column: Column, ours: str, peer: str) -> list[float]:
-        """Seed by seed, positive where ours is better; empty unless both are there."""
+    def leads(column: Column, ours: str, peer: str, there: Column | None = None) -> list[float]:
+        """Seed by seed, positive where ours is better, over a peer in the same column or `there`; empty unless both are there."""
         sign = -1 if TASKS[column[0]].lower_is_better else 1
-        return [sign * (a - b) for a, b in zip(found[column, ours], found[column, peer])]
+        return [sign * (a - b) for a, b in zip(found[column, ours], found[there or column, peer])]
 
     def values(columns: list[Column], methods) -> tuple:
         """Heads, and a row a method."""
@@ -316,13 +317,16 @@ def tables(study: Study) -> dict[str, str]:
 
     def probes(task: str, method: str) -> list[str]:
         """Held-out losses at the method's rate, without a trained head, and with one."""
-        lr, names = study.rate((task, "freeze", method))[0], (method, *(name for name in HEADS if name.startswith(f"{method},")))
-        losses = [study.get(Run(task, "freeze", name, lr, 0, True), {}).get("metrics", {}).get("eval_loss") for name in names]
+        at = {0: ("freeze", method), HEAD_STEPS: ("freeze, head", method)}
+        at |= {steps: ("freeze", f"{method}, {steps} head steps") for steps in PROBED}
+        lr = study.rate((task, "freeze", method))[0] or 0.0  # the head alone has none
+        runs = [Run(task, *at[steps], lr, 0, True) for steps in sorted(at)]
+        losses = [study.get(run, {}).get("metrics", {}).get("eval_loss") for run in runs]
         return [f"{loss:.3f}" if loss else "" for loss in losses] if any(losses[1:]) else []
 
-    fresh, trained = ([column for column in COLUMNS if column[1].endswith("head") == is_trained] for is_trained in (False, True))
-    every, probed, ablated = columns_of(COMPARED), columns_of(COMPARED, trained), columns_of(ABLATIONS)
-    claim, others = ([c for c in every if c in fresh and (c[0] in OTHER_MODELS) == beyond] for beyond in (False, True))
+    every, ablated = columns_of(COMPARED, FRESH), columns_of(ABLATIONS)
+    trained = {to: (to[0], to[1].removesuffix(", head")) for to in columns_of(COMPARED) if to not in FRESH}
+    claim, others = ([c for c in every if (c[0] in OTHER_MODELS) == beyond] for beyond in (False, True))
     used = [method for method in COMPARED if any(found[column, method] for column in others)]
     pairs = [(ours, peer) for ours in COMPARED if ours not in (*PEERS, *OF_PEFT) for peer in PEERS]
     short = [(ours, peer) for ours, peer in pairs if ours in IN_SHORT]
@@ -336,9 +340,12 @@ def tables(study: Study) -> dict[str, str]:
         "While training": (["", "beginning", "middle", "end"],
                            {(f"{task}, {setting}",): [f"{of['fixed']:.2f}, {of['best']:.2f}" for of in results["held"]]
                             for (task, setting, *_), results in study.items() if "held" in results}),
-        "Head steps": (["", "", "0", *dict.fromkeys(str(steps) for _, steps in PROBED)],
-                       {(task, m): probes(task, m) for task in ("sst2", "mrpc") for m, _ in PROBED}),
-        "A trained head": values([c for to in probed for c in ((to[0], to[1].removesuffix(", head")), to)], COMPARED),
+        "Head steps": (["", "", *map(str, sorted((0, HEAD_STEPS, *PROBED)))],
+                       {(task, m): probes(task, m) for task in ("sst2", "mrpc", "vit") for m in (*HEADED, "head alone")}),
+        "A trained head": (["", *(part for to in trained for part in (head(trained[to]), head(to), "gain"))],
+                           {(m,): [part for to in trained
+                                   for part in (cell(trained[to], m), cell(to, m), spread(leads(to, m, m, trained[to]), "+"))]
+                            for m in HEADED}),
         "Which linears": values(columns_of(TARGETS), (*TARGETED, *TARGETS)),
         "At 0.1 %": values(columns_of(SMALL), SMALL),
         "Other models": (["", *used], {(head(c),): [cell(c, m) for m in used] for c in others}),
@@ -390,7 +397,7 @@ def figure(study: Study, path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {column: {m: of for m in COMPARED if (of := study.outcome((*column, m)))} for column in COLUMNS}
+    panels = {column: {m: of for m in COMPARED if (of := study.outcome((*column, m)))} for column in FRESH}
     panels = {column: found for column, found in panels.items() if len(found) > 1}
     names = [method for method in COMPARED if any(method in found for found in panels.values())]
     wide = min(len(panels), 4)
