@@ -47,6 +47,7 @@ def test_tables_are_those_of_the_stored_runs():
     for title, table in tables.items():
         after = told.partition(f"<!-- claim: {title} -->")[2].lstrip()
         assert after.startswith(table + "\n"), f"{title} is not what `python -m experiments.claim table` prints"
+    assert claim.cost_table(claim.Study(claim.COSTS)) + "\n" in told
 
 
 def test_the_readmes_tables_are_those_of_the_stored_runs():
