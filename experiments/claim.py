@@ -132,7 +132,7 @@ TARGETS = {  # as many entries as 1 % of the MLP's linears: MiniLM and SmolLM2 h
 }
 HEADED, PROBED = ("ft", "lora", "meprop", "cross"), (30, 300)  # beside HEAD_STEPS, to choose it by
 HEADS = {f"{m}, {steps} head steps": f"{COMPARED[m]} --head-steps {steps}" for m in HEADED for steps in PROBED}
-HEADS["ft, head alone"] = "--method ft --max-steps 1"  # at a rate of 0, after HEAD_STEPS
+HEADS["ft, head alone"] = f"--method ft --head-steps {HEAD_STEPS} --max-steps 1"  # at a rate of 0
 WATCHED = {"cross, watched": f"{CROSS} @watched"}  # what its entries hold of gradients as training goes on
 STUDIED = COMPARED | ABLATIONS | SMALL | TARGETS | HEADS | WATCHED
 ABLATED = ("sparsegrad", "own", "own, rank 128", "cross")
@@ -319,8 +319,7 @@ def tables(study: Study) -> dict[str, str]:
         """Held-out losses at the method's rate, without a trained head, and with one."""
         at = {0: ("freeze", method), HEAD_STEPS: ("freeze, head", method)}
         at |= {steps: ("freeze", f"{method}, {steps} head steps") for steps in PROBED}
-        lr = study.rate((task, "freeze", method))[0] or 0.0  # the head alone has none
-        runs = [Run(task, *at[steps], lr, 0, True) for steps in sorted(at)]
+        runs = [Run(task, *at[steps], study.rate((task, "freeze", method))[0], 0, True) for steps in sorted(at)]
         losses = [study.get(run, {}).get("metrics", {}).get("eval_loss") for run in runs]
         return [f"{loss:.3f}" if loss else "" for loss in losses] if any(losses[1:]) else []
 
@@ -341,7 +340,7 @@ def tables(study: Study) -> dict[str, str]:
                            {(f"{task}, {setting}",): [f"{of['fixed']:.2f}, {of['best']:.2f}" for of in results["held"]]
                             for (task, setting, *_), results in study.items() if "held" in results}),
         "Head steps": (["", "", *map(str, sorted((0, HEAD_STEPS, *PROBED)))],
-                       {(task, m): probes(task, m) for task in ("sst2", "mrpc", "vit") for m in (*HEADED, "ft, head alone")}),
+                       {(task, m): probes(task, m) for task in ("sst2", "mrpc", "vit") for m in HEADED}),
         "A trained head": (["", *(part for to in trained for part in (head(trained[to]), head(to), "gain"))],
                            {(m,): [part for to in trained
                                    for part in (cell(trained[to], m), cell(to, m), spread(leads(to, m, m, trained[to]), "+"))]
