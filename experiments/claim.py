@@ -100,6 +100,8 @@ ABLATIONS = {  # of one of ABLATED, a thing or two changed in each
     "cross, one pass": f"{CROSS} --basis-steps 120",
     "cross, k shared out": f"{CROSS} @k-shared-out",
     "cross, root rows": f"{CROSS} @root-rows",
+    "cross, mean gradient": f"{CROSS} @mean-gradient",
+    "cross, shared": "--method sparsegrad --k 0.01 --rank 256 --support fixed",
     "shared, transposed": f"{COMPARED['sparsegrad']} @transposed",
     "shared, k 10 %": "--method sparsegrad --k 0.1",
     "shared, k 100 %": "--method sparsegrad --k 1.0",
@@ -114,7 +116,7 @@ AMONG = {  # whose leads are told beside the ablations' results, and over what
     "own": ("sparsegrad",),
     "own, rank 128": ("sparsegrad",),
     "cross": ("sparsegrad", "own, rank 128"),
-    "cross, complete": ("cross",),
+    **dict.fromkeys(("cross, complete", "cross, 5 steps", "cross, one pass", "cross, mean gradient", "cross, shared"), ("cross",)),
     "cross, half moment": ("cross", *PEERS),
 }
 SMALL = {  # at 0.1 %, where LoRA's least rank is more than twice as many numbers

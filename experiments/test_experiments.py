@@ -250,7 +250,7 @@ def variant(bert, tmp_path, monkeypatch):
     """variant(change, *options): what the adapter of glue_run.py holds after a few steps with that change."""
     for owner, names in (
         (finetune, ("make_optimizer", "add_peft", "make_trainer", "finish")),
-        (sparsegrad, ("find_bases", "patch_model", "hyperbolic_cross")),
+        (sparsegrad, ("find_bases", "patch_model", "hyperbolic_cross", "_gradients")),
         (finetune.SparseGradTrainer, ("training_step",)),
     ):
         for name in names:
@@ -320,6 +320,14 @@ def test_a_watched_run_tells_what_its_entries_hold_and_is_the_same_run(variant, 
     held = json.loads((tmp_path / "watched" / "results.json").read_text())["held"]
     assert len(held) == 3 and all(0 < of["fixed"] < of["best"] < 1 for of in held)
     assert held[0]["fixed"] > 10 * 20 / 2048  # what as many entries of a random support would hold
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_bases_of_the_mean_gradient(steps, variant):
+    """They are the usual ones if there is but one gradient."""
+    options = ("--max-steps", 1, "--basis-steps", steps, "--rank", 8)
+    plain, mean = (bases_in(variant(change, *options)) for change in ("core-rate=1", "mean-gradient"))
+    assert all(torch.equal(plain[name], mean[name]) == (steps == 1) for name in plain)
 
 
 @pytest.mark.parametrize("change", ["k-shared-out", "root-rows"])

@@ -9,6 +9,7 @@ transposed   U transposed, as in the released code; for complete bases
 refreshed    bases found anew halfway through training, from the weights as they are then
 k-shared-out the k of all layers of a role, with a fixed support, where λ_i μ_j times a layer's energy is largest
 root-rows    a fixed support of the largest λ_i^½ μ_j
+mean-gradient  bases and spectra of the mean of the steps' gradients, not of them all
 core-rate=3  the cores' learning rate, in multiples of that of all else that trains
 watched      nothing: but results.json has what the bases hold of gradients at the beginning, the middle and the end
 dora, shira, vera, prefix    with `--method lora`: another method of PEFT, at the size nearest to 1 % of the linears, VeRA
@@ -87,6 +88,19 @@ def with_k_shared_out() -> None:
 def with_root_rows() -> None:
     cross = sparsegrad.hyperbolic_cross
     sparsegrad.hyperbolic_cross = lambda rows, columns, k: cross(rows.sqrt(), columns, k)
+
+
+def with_mean_gradient() -> None:
+    gradients = sparsegrad._gradients
+
+    def summed(*args, **options):
+        total = {}
+        for step in gradients(*args, **options):
+            for name, G in step.items():
+                total[name] = total.get(name, 0) + G
+        yield total
+
+    sparsegrad._gradients = summed
 
 
 def with_refreshed_bases() -> None:
@@ -213,6 +227,8 @@ def main() -> None:
         with_k_shared_out()
     elif change == "root-rows":
         with_root_rows()
+    elif change == "mean-gradient":
+        with_mean_gradient()
     elif change == "watched":
         with_watch()
     elif change in OF_PEFT:
