@@ -335,7 +335,7 @@ def tables(study: Study) -> dict[str, str]:
         "The claim": values(claim, COMPARED),
         "In short": (["", *(f"{ours}, beside {peer}" for ours, peer in short)],
                      {(head(c),): [verdict(leads(c, *pair)) for pair in short] for c in every}),
-        "Leads": told(pairs, every),
+        "Leads": told((*pairs, *(("cross", peer) for peer in OF_PEFT)), every),
         "Ablations": values(ablated, (*ABLATED, *ABLATIONS)),
         "Among them": told(((ours, over) for ours in AMONG for over in AMONG[ours]), ablated),
         "While training": (["", "beginning", "middle", "end"],
