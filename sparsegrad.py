@@ -245,14 +245,14 @@ def _spectrum(gram: Tensor, rank: int | None, name: str, mine: bool) -> tuple:
         raise ValueError(f"the gradients of {name} are zero or not finite: no basis in them")
     if gram.dim() == 1:
         return None, gram / energy * mine
-    values, vectors = torch.linalg.eigh(gram.double() / energy) if mine else (0 * gram[0], 0 * gram)
-    vectors, values = vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp(min=0)
-    return vectors.to(gram.dtype), values.to(gram.dtype)  # by fp64 orthogonal to 1e-7
+    found = torch.linalg.eigh(gram.double() / energy) if mine else (0 * gram[0], 0 * gram)
+    values, vectors = (t.flip(-1)[..., :rank] for t in found)
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # else free
+    return vectors.to(gram.dtype), values.clamp(min=0).to(gram.dtype)  # by fp64 orthogonal to 1e-7
 
 # ------------------------------------------------------------------------ sparse gradients
 def topk_coo(grad: Tensor, k: int) -> Tensor:
-    """The `k` entries of `grad` (rows, columns) largest in magnitude, as a coalesced COO tensor
-    (§3.3). No device synchronisation."""
+    """`grad` (rows, columns) cut to its `k` largest magnitudes: a coalesced COO, no sync (§3.3)."""
     flat, columns = grad.flatten(), grad.shape[1]
     index = flat.abs().topk(k, sorted=False).indices.sort().values  # row-major: coalesced order
     # Strided so on purpose: autograd hands contiguous indices on without the mark "coalesced".
