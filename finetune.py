@@ -118,9 +118,9 @@ def share_or_count(text: str) -> float | int:
 def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
     """The options of both scripts; `k` is the default of `--k`. None stands for "not given"."""
     parser.epilog = (
-        f"On several devices: torchrun --nproc-per-node N {sys.argv[0]} ... does what one process does but for dropout, and "
-        "--resume may go on with another N. The processes share out a step's rows, the bases and the evaluation. The first writes. "
-        "After Ctrl-C torchrun leaves them 30 seconds to end their step."
+        f"On several devices: torchrun --nproc-per-node N {sys.argv[0]} ... does what one process does but for dropout, and for a "
+        "last batch of fewer rows than processes. --resume may go on with another N. The processes share out a step's rows, the "
+        "bases and the evaluation. The first writes. After Ctrl-C torchrun leaves them 30 seconds to end their step."
     )
     add = parser.add_argument
     add("--method", choices=METHODS, default="sparsegrad")

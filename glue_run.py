@@ -11,7 +11,6 @@ import random
 import statistics
 
 import datasets
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -251,7 +250,8 @@ def tokenize(rows: datasets.Dataset, tokenizer, by_length: bool) -> datasets.Dat
 def glue_metrics(names: list[str], prediction) -> dict[str, float]:
     """GLUE's metrics of a transformers EvalPrediction, by scikit-learn and SciPy, and the loss over all rows, in place of
     the Trainer's own, which averages over batches, whatever they hold."""
-    scores, labels = np.squeeze(prediction.predictions), prediction.label_ids
+    scores, labels = prediction.predictions, prediction.label_ids
+    scores = scores[:, 0] if scores.shape[1] == 1 else scores
     guesses, loss = (scores.argmax(-1), F.cross_entropy) if scores.ndim == 2 else (scores, F.mse_loss)
     measures = {
         "accuracy": accuracy_score,

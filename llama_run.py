@@ -139,7 +139,10 @@ def parse():
         parser.error("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
     if args.method == "lora" and args.rank is None and args.k is None:
         args.rank = LORA_RANK
-    finetune.check_options(parser, args, min(K, args.rank**2) if args.method == "sparsegrad" and args.rank else K)
+    k = K
+    if args.method == "sparsegrad" and args.rank:  # no more than the core has
+        k = min(K, args.rank**2) if args.sides == "both" else 1.0
+    finetune.check_options(parser, args, k)
     whole = args.support == "fixed" or args.k == 1.0 or (args.rank and args.k == args.rank**2 and args.sides == "both")
     if args.fsdp and (args.method == "meprop" or (args.method == "sparsegrad" and not whole)):
         parser.error("--fsdp shards the cores, and the k largest entries of a shard are not the core's: pass --support fixed")

@@ -529,7 +529,7 @@ def patch_model(model: nn.Module, bases: Mapping[str, Basis] | None,
         linear = modules.get(name)
         if fault := _fault(linear, modules.get(name.rpartition(".")[0]), owners):
             raise ValueError(f"{name!r} {fault}")
-        wanted = k[name] if isinstance(k, Mapping) else k
+        wanted = k.get(name, 0) if isinstance(k, Mapping) else k
         counts[name] = _entries(name, weight_shape(linear), basis, wanted, support, cut)
     for name, count in counts.items():
         linear, basis = modules[name], bases[name]

@@ -348,7 +348,7 @@ def test_the_papers_settings(monkeypatch):
     default = parsed()
     assert (default.k, default.every, default.max_length, default.epochs, default.freeze) == (100_000, 3, 512, 1.0, True)
     assert parsed("--method", "lora").rank == 32 and parsed("--method", "lora", "--k", "0.01").rank is None
-    assert parsed("--rank", "64").k == 64 * 64  # no more than the core has
+    assert parsed("--rank", "64").k == 64 * 64 and parsed("--rank", "8", "--sides", "narrow").k == 1.0  # what the core has
 
 
 # -------------------------------------------------------------------- resuming, bad input
@@ -662,6 +662,8 @@ def test_metrics_are_glues():
     two = argparse.Namespace(predictions=np.array([[0, 1], [0, 1], [1, 0], [1, 0], [0, 1]]), label_ids=np.array([1, 0, 1, 0, 1]))
     expected = {"accuracy": 0.6, "f1": 2 / 3, "matthews": 1 / 6, "loss": 0.713262}
     assert glue_run.glue_metrics(["accuracy", "f1", "matthews"], two) == pytest.approx(expected, abs=1e-5)
+    one = argparse.Namespace(predictions=two.predictions[:1], label_ids=two.label_ids[:1])
+    assert glue_run.glue_metrics(["accuracy"], one)["accuracy"] == 1
     score = argparse.Namespace(predictions=np.array([[1.0], [2.0], [9.0]]), label_ids=np.array([1.0, 2.0, 3.0]))
     expected = {"pearson": 0.917663, "spearman": 1.0, "loss": 12.0}
     assert glue_run.glue_metrics(["pearson", "spearman"], score) == pytest.approx(expected)

@@ -685,6 +685,7 @@ REFUSED = [  # words of the message, and what is done with a BERT
     ("not finite", find(loss_fn=lambda model, batch: math.nan * model(**batch).loss)),
     ("no gradient reached .*dense", find(loss_fn=lambda *_: torch.ones((), requires_grad=True) + 0)),
     ("k is 0, but the core of .* has 1 to 2048", patch(k=0)),
+    ("k is 0, but the core of .* has 1 to 2048", patch(k={})),
     ("1 to 2048", patch(k=2049)),
     ("share", patch(k=0.0)),
     ("share", patch(k=np.float32(1.5))),

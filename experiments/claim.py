@@ -1,6 +1,6 @@
 """The claim, measured: SparseGrad beside full fine-tuning, LoRA and MeProp, by one protocol.
 
-    python -m experiments.claim run --glue DIR --tasks sst2                      every run that is not stored yet
+    python -m experiments.claim run --glue DIR --tasks sst2                      the claim's runs that are not stored yet
     python -m experiments.claim run --glue DIR --oasst FILE --tasks mrpc --bf16  the same in mixed precision
     python -m experiments.claim table                                            the tables, from the stored runs
     python -m experiments.claim figure FILE                                      the figure, from the stored runs
