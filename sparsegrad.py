@@ -252,7 +252,7 @@ def _spectrum(gram: Tensor, rank: int | None, name: str, mine: bool) -> tuple:
 
 # ------------------------------------------------------------------------ sparse gradients
 def topk_coo(grad: Tensor, k: int) -> Tensor:
-    """`grad` (rows, columns) cut to its `k` largest magnitudes: a coalesced COO, no sync (§3.3)."""
+    """`grad` (rows, columns) cut to its `k` largest magnitudes: coalesced COO, no sync (§3.3)."""
     flat, columns = grad.flatten(), grad.shape[1]
     index = flat.abs().topk(k, sorted=False).indices.sort().values  # row-major: coalesced order
     # Strided so on purpose: autograd hands contiguous indices on without the mark "coalesced".
