@@ -170,11 +170,19 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, k: 
 # ---------------------------------------------------------------------------- run folders
 
 
-def read_json(path: pathlib.Path) -> dict:
+def read(path: pathlib.Path) -> dict | None:
+    """What a .json or .safetensors file of a run holds; of a zip file of torch's, None. UserError if it is not there or
+    not whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}), so there is no run to go on with") from None
+        if path.suffix == ".json":
+            return json.loads(path.read_text(encoding="utf-8"))
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum does not match")
+    except Exception as error:  # as many kinds as there are formats
+        right = "remove a damaged checkpoint to go on from the one before it, or begin a new run"
+        raise UserError(f"{path} is missing or damaged ({error}): {right}") from None
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
@@ -196,7 +204,7 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
         return args
     if others := [word for word in sys.argv[1:] if word.startswith("--") and not word.startswith("--resume")]:
         raise UserError(f"--resume goes on with the run's own options: leave out {', '.join(others)}")
-    saved = read_json(args.resume / "arguments.json")
+    saved = read(args.resume / "arguments.json")
     if vars(args).keys() - saved.keys():
         raise UserError(f"{args.resume} holds no run of {sys.argv[0]} as it is today")
     paths = {key: pathlib.Path(saved[key]) for key in ("data", "merge", "mt_bench") if saved.get(key)}
@@ -224,7 +232,7 @@ def finished(folder: pathlib.Path) -> dict | None:
     if not (folder / "results.json").exists():
         return None
     print(f"{folder} is finished already; its results:")
-    return read_json(folder / "results.json")
+    return read(folder / "results.json")
 
 
 # -------------------------------------------------------------------------- models, data
@@ -234,12 +242,11 @@ def hub_reachable(seconds: float = 3.0) -> bool:
     """Whether the Hugging Face hub answers within `seconds`."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
-    try:
+    with contextlib.suppress(OSError, ValueError):
         request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
-        with urllib.request.urlopen(request, timeout=seconds):
-            return True
-    except (OSError, ValueError):
-        return False
+        urllib.request.urlopen(request, timeout=seconds).close()
+        return True
+    return False
 
 
 def stand_in(args: argparse.Namespace, of: str) -> str:
@@ -274,19 +281,16 @@ def package_file(package: str, path: str, install: str = "pip install -r require
     return pathlib.Path(spec.origin).parent / path
 
 
-def draw_rows(args: argparse.Namespace, splits: dict, what: str) -> dict:
+def draw_rows(args: argparse.Namespace, splits: dict) -> dict:
     """Data sets "train" and others, as they are to be used: with `--held-out`, rows of "train" take the place of all
     others; with `--max-train-samples`, "train" has no more. Both are drawn by the seed."""
-    train = splits["train"]
     if args.held_out:
-        if args.held_out >= len(train):
-            raise UserError(f"--held-out {args.held_out}: there are {len(train)} training {what}, and some must be left")
-        train = train.shuffle(seed=args.seed)
-        splits = dict.fromkeys(splits, train.select(range(args.held_out)))
-        train = train.select(range(args.held_out, len(train)))
+        parts = splits["train"].train_test_split(args.held_out, seed=args.seed)
+        splits = dict.fromkeys(splits, parts["test"]) | {"train": parts["train"]}
     if args.max_train_samples:
-        train = train.shuffle(seed=args.seed).select(range(min(args.max_train_samples, len(train))))
-    return splits | {"train": train}
+        train = splits["train"].shuffle(seed=args.seed)
+        splits = splits | {"train": train.select(range(min(args.max_train_samples, len(train))))}
+    return splits
 
 
 # -------------------------------------------------------------------------------- methods
@@ -302,22 +306,20 @@ def apply_method(
     weights, head = {f"{name}.weight" for name in linears}, head_parameters(model)
     for name, p in model.named_parameters():
         if p.is_floating_point():
-            p.requires_grad_(name in head if args.freeze else name not in weights)
+            p.requires_grad_(args.method == "ft" if name in weights else name in head or not args.freeze)
     folder.mkdir(parents=True, exist_ok=True)
     info, begun = {"linears": len(linears), "basis_seconds": 0.0}, transformers.trainer_utils.get_last_checkpoint(folder)
-    if args.method == "ft":
-        for linear in linears.values():
-            linear.weight.requires_grad_(True)
-    elif args.method == "lora":
+    if args.method == "lora":
         shares = isinstance(args.k, float)
         entries = sum(round(args.k * math.prod(sparsegrad.weight_shape(m))) if shares else args.k for m in linears.values())
         info["lora_rank"] = args.rank or lora_rank(linears.values(), entries)
         if info["lora_rank"] > (most := min(min(sparsegrad.weight_shape(m)) for m in linears.values())):
             raise UserError(f"LoRA's rank is {info['lora_rank']}, but the smallest linear has room for 1 to {most}")
-        add_peft(model, peft.LoraConfig(r=info["lora_rank"], lora_alpha=info["lora_rank"]), list(linears))
-    elif begun:
-        sparsegrad.load_sparsegrad_state_dict(model, load_tensors(folder / ADAPTER))
-    else:
+        config = dict(r=info["lora_rank"], lora_alpha=info["lora_rank"], base_model_name_or_path=model.config._name_or_path)
+        add_peft(model, peft.LoraConfig(**config, task_type="CAUSAL_LM"), list(linears))  # of a classifier the head trains, too
+    elif begun and args.method != "ft":
+        sparsegrad.load_sparsegrad_state_dict(model, read(folder / ADAPTER))
+    elif args.method != "ft":
         bases = None
         if args.method == "sparsegrad":
             start, order = time.perf_counter(), torch.Generator().manual_seed(args.seed)
@@ -333,13 +335,12 @@ def apply_method(
             info["basis_seconds"] = round(time.perf_counter() - start, 2)
         names = None if bases else list(linears)  # dense gradients, as the Trainer wants:
         print(sparsegrad.patch_model(model, bases, args.k, names, support=args.support, cut="step"))
+        save_adapter(model, folder)
     for p in model.parameters():
         if p.requires_grad:  # tiny steps vanish in half precision
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
     if begun:
-        return read_json(folder / "method.json")
-    if args.method in ("meprop", "sparsegrad"):
-        save_adapter(model, folder)
+        return read(folder / "method.json")
     write_json(folder / "method.json", info)
     return info
 
@@ -419,13 +420,6 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Ad
 # ----------------------------------------------------------------------- adapters, merging
 
 
-def load_tensors(path: pathlib.Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors has an exception of its own
-        raise UserError(f"{path} is missing or damaged ({error}): the run cannot go on") from None
-
-
 def save_tensors(tensors: dict[str, torch.Tensor], path: pathlib.Path) -> None:
     """Whole or not at all, by the first process."""
     if FIRST:
@@ -440,15 +434,12 @@ def save_adapter(model: nn.Module, folder: pathlib.Path) -> None:
     if sparsegrad.sparsegrad_layers(model):
         save_tensors(sparsegrad.sparsegrad_state_dict(model), folder / ADAPTER)
     elif all("lora_" in name for name, p in model.named_parameters() if p.requires_grad):
-        config = model.peft_config["default"]
-        config.base_model_name_or_path, config.inference_mode = model.config._name_or_path, True
-        config.task_type = "CAUSAL_LM"  # a classifier's head would train too
         state = sharded.get_model_state_dict(model, options=WHOLE)
         state = peft.get_peft_model_state_dict(model, state, save_embedding_layers=False)
         state = {f"base_model.model.{name}": t.contiguous() for name, t in state.items()}
         save_tensors(state, folder / "adapter_model.safetensors")
         if FIRST:
-            config.save_pretrained(folder)
+            model.peft_config["default"].save_pretrained(folder)
 
 
 def merge(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -471,19 +462,14 @@ def merge(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 # ------------------------------------------------------------------------------- training
 
 
-class LengthGroupedSampler(torch.utils.data.Sampler):
-    """Shuffles so that batches hold sentences of like length, hence less padding. Unlike the
-    Trainer's own it depends on seed and epoch alone, so a resumed run sees the same batches."""
+class LengthGroupedSampler(transformers.trainer_pt_utils.LengthGroupedSampler):
+    """The Trainer's, which saves padding, but drawn by seed and epoch alone, so that a resumed run sees the same batches."""
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, state: transformers.TrainerState):
-        self.lengths, self.batch_size, self.seed, self.state = lengths, batch_size, seed, state
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+    seed, state = 0, transformers.TrainerState()  # of the Trainer that it belongs to
 
     def __iter__(self):
-        order = torch.Generator().manual_seed(self.seed * 1000 + int(self.state.epoch or 0))
-        return iter(transformers.trainer_pt_utils.get_length_grouped_indices(self.lengths, self.batch_size, generator=order))
+        self.generator = torch.Generator().manual_seed(self.seed * 1000 + int(self.state.epoch or 0))
+        return super().__iter__()
 
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
@@ -497,8 +483,10 @@ class SparseGradTrainer(transformers.Trainer):
         rows = self.train_dataset
         if not isinstance(rows, datasets.Dataset) or "input_ids" not in rows.column_names:
             return super()._get_train_sampler(*args)
-        lengths = [len(ids) for ids in rows["input_ids"]]
-        return LengthGroupedSampler(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed, self.state)
+        size, lengths = self.args.train_batch_size * self.args.world_size, [len(ids) for ids in rows["input_ids"]]
+        sampler = LengthGroupedSampler(size, lengths=lengths)
+        sampler.seed, sampler.state = self.args.seed, self.state
+        return sampler
 
     def get_train_dataloader(self):
         """Accelerate's own would fill up the last batch of an epoch, where the rows are too few for all processes."""
@@ -520,7 +508,7 @@ class SparseGradTrainer(transformers.Trainer):
         save_tensors({name: tensor for name, tensor in state.items() if name in trains}, pathlib.Path(output_dir, TRAINED))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        state = load_tensors(pathlib.Path(resume_from_checkpoint) / TRAINED)
+        state = read(pathlib.Path(resume_from_checkpoint) / TRAINED)
         sharded.set_model_state_dict(self.model, state, options=WHOLE)
 
     def _load_best_model(self):
@@ -542,7 +530,8 @@ class SparseGradTrainer(transformers.Trainer):
 class Measure(transformers.TrainerCallback):
     """Steps per second and memory; stops at a loss that is not finite; at Ctrl-C has the step finished and a checkpoint written."""
 
-    def __init__(self):
+    def __init__(self, folder: pathlib.Path | None = None):
+        self.folder = folder  # of the run, for --resume
         self.seconds, self.steps, self.pressed, self.interrupted = 0.0, 0, False, False
 
     def _now(self) -> float:
@@ -562,13 +551,16 @@ class Measure(transformers.TrainerCallback):
         if state.global_step > self.started + FIRST_STEPS:
             self.seconds += self._now() - self.begin
             self.steps += 1
-        self.interrupted = in_any_process(self.pressed)
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
+        if in_any_process(self.pressed):
+            self.interrupted = control.should_save = True
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.interrupted:  # the Trainer takes the stop for the epoch's end: the checkpoint is written already
-            control.should_save = control.should_evaluate = False
+    def on_save(self, args, state, control, **kwargs):
+        if self.interrupted:
+            accelerate.PartialState().wait_for_everyone()  # all have written
+            if FIRST:
+                on = f"go on with: python {sys.argv[0]} --resume {self.folder}"
+                print(f"\ninterrupted at step {state.global_step}; {on}", file=sys.stderr)
+            sys.exit(130)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for key in (key for key in logs if key.endswith("loss")):
@@ -600,7 +592,7 @@ def make_trainer(
     TrainingArguments beyond those that `args` sets, `options` the Trainer's. `shard`: FSDP2 over the processes, block by
     block; what trains stays in fp32, the frozen rest in its own dtype."""
     size = args.batch_size // accelerate.PartialState().num_processes
-    dev, measure = {split: rows for split, rows in data.items() if split != "train"}, Measure()
+    dev, measure = {split: rows for split, rows in data.items() if split != "train"}, Measure(args.output_dir)
     arguments = dict(
         output_dir=str(folder), seed=args.seed, learning_rate=args.lr, num_train_epochs=args.epochs, max_steps=args.max_steps or -1,
         per_device_train_batch_size=size, per_device_eval_batch_size=size, max_grad_norm=0.0, bf16=args.bf16, report_to=[],
@@ -632,7 +624,7 @@ def train(trainer: SparseGradTrainer, args: argparse.Namespace) -> None:
         check_checkpoint(pathlib.Path(checkpoint))
         state = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         if state.best_model_checkpoint:
-            load_tensors(pathlib.Path(state.best_model_checkpoint) / TRAINED)
+            read(pathlib.Path(state.best_model_checkpoint) / TRAINED)
     elif not (args.output_dir / "arguments.json").exists():  # of the first seed; a start that failed before blocks no folder
         write_json(args.output_dir / "arguments.json", vars(args))
     print(f"{'resuming from ' + os.path.basename(checkpoint) if checkpoint else 'training'} ...", flush=True)
@@ -645,12 +637,6 @@ def train(trainer: SparseGradTrainer, args: argparse.Namespace) -> None:
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         signal.signal(signal.SIGINT, before)
-    if trainer.measure.interrupted:
-        accelerate.PartialState().wait_for_everyone()  # all have written
-        if FIRST:
-            on = f"go on with: python {sys.argv[0]} --resume {args.output_dir}"
-            print(f"interrupted at step {trainer.state.global_step}; {on}", file=sys.stderr)
-        sys.exit(130)
     save_adapter(trainer.model, folder)
 
 
@@ -663,16 +649,7 @@ def check_checkpoint(folder: pathlib.Path) -> None:
         if transformers.__version__ < "5":  # it would take each process's rows from the checkpoint
             raise UserError(f"transformers 4 resumes by the same number of processes only, {max(processes, 1)}")
     for path in map(folder.joinpath, (*CHECKPOINT, *random)):
-        try:
-            if path.suffix == ".safetensors":
-                load_file(path)
-            elif path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-            elif zipfile.ZipFile(path).testzip():
-                raise ValueError("a checksum does not match")
-        except Exception as error:  # as many kinds as there are formats
-            right = f"remove {folder.name} to go on from the checkpoint before it, or begin a new run"
-            raise UserError(f"{path} is missing or damaged ({error}): {right}") from None
+        read(path)
 
 
 # -------------------------------------------------------------------------------- results

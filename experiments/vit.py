@@ -55,7 +55,7 @@ def load_images(args) -> dict[str, datasets.Dataset]:
     splits = other_models.split(datasets.Dataset.from_dict({"pixels": table[:, :-1].tolist(), "label": table[:, -1].tolist()}))
     if not args.held_out:  # which draws them itself
         splits["train"] = splits["train"].shuffle(seed=args.seed)
-    return finetune.draw_rows(args, splits, "images")
+    return finetune.draw_rows(args, splits)
 
 
 def to_batch(rows: list[dict], size: int) -> dict[str, torch.Tensor]:
