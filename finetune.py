@@ -170,9 +170,9 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, k: 
 # ---------------------------------------------------------------------------- run folders
 
 
-def read(path: pathlib.Path) -> dict | None:
+def read(path: pathlib.Path, right: str = "begin a new run") -> dict | None:
     """What a .json or .safetensors file of a run holds; of a zip file of torch's, None. UserError if it is not there or
-    not whole."""
+    not whole, with what would be `right`."""
     try:
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
@@ -181,7 +181,6 @@ def read(path: pathlib.Path) -> dict | None:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum does not match")
     except Exception as error:  # as many kinds as there are formats
-        right = "remove a damaged checkpoint to go on from the one before it, or begin a new run"
         raise UserError(f"{path} is missing or damaged ({error}): {right}") from None
 
 
@@ -285,6 +284,8 @@ def draw_rows(args: argparse.Namespace, splits: dict) -> dict:
     """Data sets "train" and others, as they are to be used: with `--held-out`, rows of "train" take the place of all
     others; with `--max-train-samples`, "train" has no more. Both are drawn by the seed."""
     if args.held_out:
+        if args.held_out >= (there := len(splits["train"])):
+            raise UserError(f"--held-out {args.held_out}: there are {there} training rows, and some must be left")
         parts = splits["train"].train_test_split(args.held_out, seed=args.seed)
         splits = dict.fromkeys(splits, parts["test"]) | {"train": parts["train"]}
     if args.max_train_samples:
@@ -463,12 +464,11 @@ def merge(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class LengthGroupedSampler(transformers.trainer_pt_utils.LengthGroupedSampler):
-    """The Trainer's, which saves padding, but drawn by seed and epoch alone, so that a resumed run sees the same batches."""
-
-    seed, state = 0, transformers.TrainerState()  # of the Trainer that it belongs to
+    """That of transformers, which saves padding, but drawn by seed and epoch alone, so that a resumed run sees the same
+    batches. `trainer` is set by the Trainer that it belongs to, whose state is made anew as training begins."""
 
     def __iter__(self):
-        self.generator = torch.Generator().manual_seed(self.seed * 1000 + int(self.state.epoch or 0))
+        self.generator = torch.Generator().manual_seed(self.trainer.args.seed * 1000 + int(self.trainer.state.epoch or 0))
         return super().__iter__()
 
 
@@ -485,7 +485,7 @@ class SparseGradTrainer(transformers.Trainer):
             return super()._get_train_sampler(*args)
         size, lengths = self.args.train_batch_size * self.args.world_size, [len(ids) for ids in rows["input_ids"]]
         sampler = LengthGroupedSampler(size, lengths=lengths)
-        sampler.seed, sampler.state = self.args.seed, self.state
+        sampler.trainer = self
         return sampler
 
     def get_train_dataloader(self):
@@ -528,7 +528,8 @@ class SparseGradTrainer(transformers.Trainer):
 
 
 class Measure(transformers.TrainerCallback):
-    """Steps per second and memory; stops at a loss that is not finite; at Ctrl-C has the step finished and a checkpoint written."""
+    """Steps per second and memory; stops at a loss that is not finite; at Ctrl-C has the step finished, and the epoch's
+    evaluation if it ends there, a checkpoint written, and exits."""
 
     def __init__(self, folder: pathlib.Path | None = None):
         self.folder = folder  # of the run, for --resume
@@ -552,7 +553,7 @@ class Measure(transformers.TrainerCallback):
             self.seconds += self._now() - self.begin
             self.steps += 1
         if in_any_process(self.pressed):
-            self.interrupted = control.should_save = True
+            self.interrupted, control.should_save = True, control.should_save or state.epoch % 1 > 0
 
     def on_save(self, args, state, control, **kwargs):
         if self.interrupted:
@@ -619,10 +620,11 @@ def make_trainer(
 def train(trainer: SparseGradTrainer, args: argparse.Namespace) -> None:
     """Train, from the folder's last checkpoint if it has one, and write the adapter. Raises UserError, before
     anything is changed, if the checkpoint lacks a file or a file is damaged. Ctrl-C exits, and says how to go on."""
-    folder, state = pathlib.Path(trainer.args.output_dir), None
+    folder, over = pathlib.Path(trainer.args.output_dir), False
     if checkpoint := transformers.trainer_utils.get_last_checkpoint(folder):
         check_checkpoint(pathlib.Path(checkpoint))
         state = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        over = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
         if state.best_model_checkpoint:
             read(pathlib.Path(state.best_model_checkpoint) / TRAINED)
     elif not (args.output_dir / "arguments.json").exists():  # of the first seed; a start that failed before blocks no folder
@@ -630,7 +632,7 @@ def train(trainer: SparseGradTrainer, args: argparse.Namespace) -> None:
     print(f"{'resuming from ' + os.path.basename(checkpoint) if checkpoint else 'training'} ...", flush=True)
     before = signal.signal(signal.SIGINT, trainer.measure.on_interrupt)
     try:
-        if state and state.global_step >= state.max_steps:  # the Trainer would take one step more
+        if over:  # the Trainer would take one step more
             trainer.state = state
             trainer._load_from_checkpoint(state.best_model_checkpoint or checkpoint)
         else:
@@ -649,7 +651,7 @@ def check_checkpoint(folder: pathlib.Path) -> None:
         if transformers.__version__ < "5":  # it would take each process's rows from the checkpoint
             raise UserError(f"transformers 4 resumes by the same number of processes only, {max(processes, 1)}")
     for path in map(folder.joinpath, (*CHECKPOINT, *random)):
-        read(path)
+        read(path, f"remove {folder.name} to go on from the checkpoint before it, or begin a new run")
 
 
 # -------------------------------------------------------------------------------- results

@@ -257,7 +257,8 @@ def threads_of_messages(messages: list[dict], lang: str | None = None, top_ranke
 def threads_of_conversations(conversations: list[Thread], args) -> dict[str, list[Thread]]:
     """Each conversation a tree of one thread: maybe a system message, then user and assistant in turn, to its last answer."""
     if args.lang or args.top_ranked:
-        raise UserError("--lang and --top-ranked are of no use: the data holds conversations, which have no language or rank")
+        where = args.data or "the package chitchat-dataset"
+        raise UserError(f"--lang and --top-ranked are of no use: {where} holds conversations, which have no language or rank")
     left_out, trees = collections.Counter(), {}
     for number, thread in enumerate(conversations):
         roles = [m["role"] for m in thread]

@@ -377,7 +377,7 @@ def outcome(run):
     return [run.get(k) for k in keys], [{k: s[k] for k in s if "second" not in k and "runtime" not in k} for s in scores]
 
 
-@pytest.mark.parametrize("name, step", [("sst2", 19), ("mnli", 1), ("sparsegrad", None), *dict.fromkeys(BUDGET, 9).items()])
+@pytest.mark.parametrize("name, step", [("sst2", 20), ("mnli", 1), ("sparsegrad", None), *dict.fromkeys(BUDGET, 9).items()])
 def test_resuming_comes_to_the_same(name, step, ran, home, monkeypatch):
     straight, folder, (script, options) = ran(name), pathlib.Path("broken"), options_of(name, home)
     code, _, err = call(script, *options, "--output-dir", folder, press=(step,))
@@ -501,7 +501,9 @@ def test_paper_early_stopping_three_seeds_and_its_resume(home, monkeypatch):
     shutil.move("away", best / finetune.TRAINED)
     code, out, err = call(script, "--resume", "out")
     assert code == 0 and "seed0 is finished already" in out and "resuming from checkpoint-10" in out, err
-    for a, b in zip(runs, results("out")["runs"]):
+    last = runs[0]["steps"] - 1  # the evaluation after it stops the run, also if Ctrl-C came there
+    assert call(script, *options, "--output-dir", "over", press=(last,))[0] == 130 and call(script, "--resume", "over")[0] == 0
+    for a, b in (*zip(runs, results("out")["runs"]), *zip(runs, results("over")["runs"])):
         assert a["steps"] == b["steps"] and a["metrics"]["eval_loss"] == b["metrics"]["eval_loss"]
     short = [*options, "--max-steps", 1, "--output-dir", "short"]  # over before the first evaluation: no step is the best
     assert call(script, *short, press=(None,))[0] == 130 and call(script, "--resume", "short")[0] == 0
@@ -545,7 +547,7 @@ BAD_INPUT = [
     (TASK, "--adaptivity 2", "--adaptivity is 2.0"),
     (TASK, "--method ft --k 5", "--k is of no use to --method ft"),
     (TASK, "--method lora --rank 2 --k 0.5", "pass one of the two"),
-    (TASK, "--held-out 24", "test_size=24 should be"),
+    (TASK, "--held-out 24", "there are 24 training rows, and some must be left"),
     (TASK, "--model broken", "--model broken cannot be loaded"),
     (TASK, "--output-dir {run}", "holds a run already"),
     (TASK, "--merge broken", "--merge broken is there already"),
@@ -668,17 +670,28 @@ def test_metrics_are_glues():
 
 
 def test_batches_are_shuffled_by_seed_and_epoch_and_alike_in_length():
-    lengths = [1 + i % 40 for i in range(1000)]
+    lengths = [1 + i % 40 for i in range(400)]
+    rows = datasets.Dataset.from_dict({"input_ids": [[i] * length for i, length in enumerate(lengths)]})
 
-    def order(seed, epoch):
-        sampler = finetune.LengthGroupedSampler(8, lengths=lengths)
-        sampler.seed, sampler.state = seed, argparse.Namespace(epoch=epoch)
-        return list(sampler)
+    class Model(torch.nn.Linear):
+        def forward(self, first, labels):
+            seen.append(first.tolist())
+            return {"loss": self.weight.sum()}
 
-    assert order(0, 0) == order(0, 0.7) != order(0, 1.0) and order(0, 0) != order(1, 0)
-    assert sorted(order(0, 0)) == list(range(1000))
-    batches = [[lengths[i] for i in order(0, 0)[j : j + 8]] for j in range(0, 1000, 8)]
-    assert sum(max(b) for b in batches) < 0.7 * 40 * len(batches)
+    def collate(rows):
+        return dict(first=torch.tensor([row["input_ids"][0] for row in rows]), labels=torch.zeros(len(rows)))
+
+    def epochs(seed):
+        seen.clear()
+        options = dict(num_train_epochs=2, per_device_train_batch_size=8, save_strategy="no", remove_unused_columns=False)
+        args = transformers.TrainingArguments("out", seed=seed, report_to=[], use_cpu=True, **options)
+        finetune.SparseGradTrainer(Model(1, 1), args, collate, rows).train()
+        return seen[:50], seen[50:]
+
+    seen = []
+    once, twice, other = *epochs(0), epochs(1)[0]
+    assert once != twice and once != other and sorted(sum(once, [])) == sorted(sum(twice, [])) == [*range(400)]
+    assert sum(max(lengths[i] for i in batch) for batch in once) < 0.7 * 40 * 50
 
 
 def test_the_trainer_takes_a_list_of_images(tmp_path):
