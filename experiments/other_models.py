@@ -27,5 +27,5 @@ def parse(parser: finetune.Parser, **defaults) -> argparse.Namespace:
 
 def split(rows: datasets.Dataset) -> dict[str, datasets.Dataset]:
     """Splits "dev", a fifth of the rows, the same for every seed, and "train"."""
-    rows, dev = rows.shuffle(seed=0), len(rows) // 5
-    return {"dev": rows.select(range(dev)), "train": rows.select(range(dev, len(rows)))}
+    parts = rows.train_test_split(len(rows) // 5, seed=0)
+    return {"dev": parts["test"], "train": parts["train"]}
