@@ -317,7 +317,7 @@ def apply_method(
         if info["lora_rank"] > (most := min(min(sparsegrad.weight_shape(m)) for m in linears.values())):
             raise UserError(f"LoRA's rank is {info['lora_rank']}, but the smallest linear has room for 1 to {most}")
         config = dict(r=info["lora_rank"], lora_alpha=info["lora_rank"], base_model_name_or_path=model.config._name_or_path)
-        add_peft(model, peft.LoraConfig(**config, task_type="CAUSAL_LM"), list(linears))  # of a classifier the head trains, too
+        add_peft(model, peft.LoraConfig(**config, task_type="CAUSAL_LM"), list(linears))  # save_adapter writes no classifier's
     elif begun and args.method != "ft":
         sparsegrad.load_sparsegrad_state_dict(model, read(folder / ADAPTER))
     elif args.method != "ft":
@@ -552,7 +552,7 @@ class Measure(transformers.TrainerCallback):
         if state.global_step > self.started + FIRST_STEPS:
             self.seconds += self._now() - self.begin
             self.steps += 1
-        if in_any_process(self.pressed):
+        if in_any_process(self.pressed):  # at an epoch's end its evaluation comes first
             self.interrupted, control.should_save = True, control.should_save or state.epoch % 1 > 0
 
     def on_save(self, args, state, control, **kwargs):

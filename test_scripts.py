@@ -377,7 +377,9 @@ def outcome(run):
     return [run.get(k) for k in keys], [{k: s[k] for k in s if "second" not in k and "runtime" not in k} for s in scores]
 
 
-@pytest.mark.parametrize("name, step", [("sst2", 20), ("mnli", 1), ("sparsegrad", None), *dict.fromkeys(BUDGET, 9).items()])
+@pytest.mark.parametrize(
+    "name, step", [("sst2", 19), ("sst2", 20), ("mnli", 1), ("sparsegrad", None), *dict.fromkeys(BUDGET, 9).items()]
+)
 def test_resuming_comes_to_the_same(name, step, ran, home, monkeypatch):
     straight, folder, (script, options) = ran(name), pathlib.Path("broken"), options_of(name, home)
     code, _, err = call(script, *options, "--output-dir", folder, press=(step,))
@@ -540,6 +542,7 @@ BAD_INPUT = [
     ("", "--task rte", "pass --data DIR, a folder that holds RTE/train.tsv and dev.tsv"),
     ("", "--resume {other}", "holds no run of glue_run.py"),
     ("", "--resume {run} --lr 1 --k=3", "--resume goes on with the run's own options: leave out --lr, --k"),
+    (TASK, "--k 2049", "k is 2049"),
     (TASK, "--rank 33", "room for 1 to 32"),
     (TASK, "--head-steps -1", "--head-steps is -1: that is out of its range"),
     (TASK, "--method lora --rank 33", "room for 1 to 32"),
@@ -550,6 +553,7 @@ BAD_INPUT = [
     (TASK, "--held-out 24", "there are 24 training rows, and some must be left"),
     (TASK, "--model broken", "--model broken cannot be loaded"),
     (TASK, "--output-dir {run}", "holds a run already"),
+    (TASK, "--output-dir /dev/null/x", "/dev/null/x"),
     (TASK, "--merge broken", "--merge broken is there already"),
     (TASK, "--merge /dev/null/x", "/dev/null/x"),
     (TASK, "--paper --merge other", "--paper trains three"),
@@ -690,6 +694,7 @@ def test_batches_are_shuffled_by_seed_and_epoch_and_alike_in_length():
 
     seen = []
     once, twice, other = *epochs(0), epochs(1)[0]
+    assert epochs(0) == (once, twice)
     assert once != twice and once != other and sorted(sum(once, [])) == sorted(sum(twice, [])) == [*range(400)]
     assert sum(max(lengths[i] for i in batch) for batch in once) < 0.7 * 40 * 50
 

@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import sparsegrad as sg
@@ -258,19 +258,7 @@ def test_gradients_are_of_ordinary_training(quantised):
     model, twin = quantised_bert() if quantised else [copy.deepcopy(m) for m in [tiny_bert()] * 2]
     batches, linears = tiny_batches(3), sg.mlp_linears(twin.requires_grad_(False))
     optimizer = torch.optim.AdamW([m.weight.requires_grad_() for m in linears.values()], 1e-2, weight_decay=0.0)
-    model.eval().bert.encoder.layer[1].train()
-    model.classifier.requires_grad_(False)
-    model.register_buffer("counter", torch.zeros((), device=DEVICE))
-    model(**batches[0]).loss.backward()
-    before, shared = photograph(model), {p.data_ptr() for p in model.parameters()}
-
-    def loss_fn(other, batch):
-        other.counter += 1
-        assert other.training and photograph(model) == before
-        assert shared <= {p.data_ptr() for p in other.parameters()}
-        return other(**batch).loss
-
-    stacks = sg.collect_gradients(model, batches, lr=1e-2, loss_fn=loss_fn)
+    before, stacks = photograph(model), sg.collect_gradients(model, batches, lr=1e-2)
     for step, batch in enumerate(batches):
         twin(**batch).loss.backward()
         for name, linear in linears.items():
@@ -278,9 +266,26 @@ def test_gradients_are_of_ordinary_training(quantised):
         optimizer.step()
         optimizer.zero_grad()
     still = sg.collect_gradients(model, batches[:1] * 2, lr=0)
-    assert all(torch.equal(*stack) for stack in still.values())
-    with pytest.raises(TypeError):
-        sg.find_bases(model, [*batches, None], lr=1e-2, loss_fn=loss_fn)
+    assert all(torch.equal(*stack) for stack in still.values()) and photograph(model) == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_not_touched(fails):
+    model = tiny_bert().eval()
+    model.bert.encoder.layer[1].train()
+    model.classifier.requires_grad_(False)
+    model.register_buffer("counter", torch.zeros((), device=DEVICE))
+    model(**tiny_batches(1)[0]).loss.backward()
+    before, shared = photograph(model), {p.data_ptr() for p in model.parameters()}
+
+    def loss_fn(twin, batch):
+        twin.counter += 1
+        assert twin.training and photograph(model) == before
+        assert shared <= {p.data_ptr() for p in twin.parameters()}
+        return twin(**batch).loss
+
+    with pytest.raises(TypeError) if fails else contextlib.nullcontext():
+        sg.find_bases(model, tiny_batches(3) + [None] * fails, lr=1e-2, loss_fn=loss_fn)
     assert photograph(model) == before
 
 
@@ -546,9 +551,11 @@ def test_k_as_a_share_counts_entries_of_the_weight():
     for k, count in ((0.05, 12), (np.float32(0.05), 12), (np.int64(12), 12), (1e-9, 1), (1, 1)):
         assert make_layer("complete", k=k).k == make_layer("truncated", k=k).k == count
     for kind, k in (("truncated", 30), ("truncated", 0.2), ("complete", 1.0), ("complete", 240)):
-        assert make_layer(kind, k=k).k is None  # nothing to cut
+        layer = make_layer(kind, k=k)
+        layer(randn(3, IN)).square().sum().backward()
+        assert layer.k is None and not layer.core.grad.is_sparse  # nothing to cut
     with torch.no_grad():  # it cannot train in half precision, but be looked at
-        assert make_layer("complete").bfloat16()(randn(3, IN).bfloat16()).dtype == torch.bfloat16
+        assert layer.bfloat16()(randn(3, IN).bfloat16()).dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------ patching a model
@@ -628,7 +635,8 @@ FAULTS = [  # what is done to a linear; why it is refused
     (lambda m: m[1].register_forward_hook(print), "has hooks"),
     (lambda m: setattr(m[1], "forward", print), "a replaced forward"),
     (lambda m: setattr(m, "1", SCALED(8, 8)), "is a Scaled, which has a forward of its own"),
-    (lambda m: parametrize.register_parametrization(m[1], "weight", nn.ReLU(), unsafe=True), "computed: remove its pruning"),
+    (lambda m: prune.l1_unstructured(m[1], "weight", 0.5), "remove its pruning"),
+    (lambda m: parametrize.register_parametrization(m[1], "weight", nn.ReLU(), unsafe=True), "computed"),
     (lambda m: setattr(m[1], "weight", nn.Parameter(m[1].weight.data.as_subclass(SUBCLASS))), "has a Subclass on cpu as weight"),
     (lambda m: setattr(m[1].to("meta"), "_hf_hook", "accelerate's"), "has a Tensor on meta as weight"),
     (lambda m: setattr(m, "1", nn.Conv1d(8, 8, 1)), "should be a linear layer, but is a Conv1d"),
@@ -640,8 +648,10 @@ FAULTS = [  # what is done to a linear; why it is refused
 def test_what_is_more_than_a_linear_is_refused(harm, message):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     harm(model)
+    before = list(model.modules()), list(model.state_dict())
     with pytest.raises(ValueError, match=message):
         sg.patch_model(model, dict.fromkeys("01", Basis()), k=2)
+    assert (list(model.modules()), list(model.state_dict())) == before
     assert sg.patch_model(model, {"0": Basis()}, k=2).layers == 1  # the sound one
 
 
@@ -674,6 +684,7 @@ REFUSED = [  # words of the message, and what is done with a BERT
     ("zero or not finite", find(loss_fn=lambda model, batch: 0 * model(**batch).loss)),
     ("not finite", find(loss_fn=lambda model, batch: math.nan * model(**batch).loss)),
     ("no gradient reached .*dense", find(loss_fn=lambda *_: torch.ones((), requires_grad=True) + 0)),
+    ("k is 0, but the core of .* has 1 to 2048", patch(k=0)),
     ("k is 0, but the core of .* has 1 to 2048", patch(k={})),
     ("1 to 2048", patch(k=2049)),
     ("share", patch(k=0.0)),
