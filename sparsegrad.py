@@ -123,8 +123,7 @@ class Basis(nn.Module):
 
     def core_shape(self, out: int, in_: int) -> tuple[int, int]:
         """(r_out, r_in): the shape of a core between these bases, for a weight (out, in)."""
-        sides = (self.V, out), (self.U, in_)
-        return tuple(size if basis is None else basis.shape[1] for basis, size in sides)
+        return tuple(d if b is None else b.shape[1] for b, d in ((self.V, out), (self.U, in_)))
 
 def _model_loss(model: nn.Module, batch) -> Tensor:
     if not isinstance(batch, Mapping):
@@ -166,9 +165,9 @@ def _gradients(model: nn.Module, batches: Iterable, names: list[str], n_steps: i
     if missed := ", ".join(name for name in names if name not in reached):
         raise ValueError(f"{steps} batches, but no gradient reached {missed} in loss_fn's model")
 
-def _sum(*tensors: Tensor) -> None:
-    """Sum each over the processes of torch.distributed, if it was begun, in place."""
-    for tensor in tensors if _joined() else ():
+def _sum(*tensors: Tensor | None) -> None:
+    """Sum each that is not None over the processes of torch.distributed, if begun, in place."""
+    for tensor in filter(torch.is_tensor, tensors if _joined() else ()):
         dist.all_reduce(tensor)
 
 def _with_gradient(module: nn.Module, args: tuple, y):  # as re-entrant checkpoints need inputs
@@ -221,8 +220,7 @@ def find_bases(model: nn.Module, batches: Iterable, target_modules: Targets = No
             mine, grams = len(bases) % world == here, sums[group][1:]
             (U, columns), (V, rows) = (_spectrum(gram, rank, name, mine) for gram in grams)
             bases[group] = Basis(U, V, columns, rows)
-    found = (getattr(basis, part) for basis in bases.values() for part in BASIS)
-    _sum(*(tensor for tensor in found if tensor is not None))
+    _sum(*(getattr(basis, part) for basis in bases.values() for part in BASIS))
     return {name: bases[group] for name, group in groups.items()}
 
 def _add_grams(scale: Tensor, gram_in: Tensor, gram_out: Tensor, G: Tensor, mine: bool) -> None:
@@ -233,8 +231,11 @@ def _add_grams(scale: Tensor, gram_in: Tensor, gram_out: Tensor, G: Tensor, mine
     G = G / largest
     for gram, rows in ((gram_in, G.T), (gram_out, G)):
         gram.mul_((scale / largest) ** 2)
-        if mine:
-            gram.add_(rows.square().sum(1)) if gram.dim() == 1 else gram.addmm_(rows, rows.T)
+        if mine and gram.dim() == 1:
+            gram.add_(rows.square().sum(1))
+        for i in range(0, len(rows), 512) if mine and gram.dim() == 2 else ():
+            part = slice(i, i + 512)  # of rows, up to the diagonal: eigh reads the lower triangle
+            gram[part, : i + 512].addmm_(rows[part], rows[: i + 512].T)
     scale.copy_(largest)
 
 def _spectrum(gram: Tensor, rank: int | None, name: str, mine: bool) -> tuple:
@@ -385,9 +386,8 @@ class SparseGradLinear(nn.Module):
         with truncated bases, where `x U` is less to keep than x, nor with a quantised W."""
         m, n = self.out_features, self.in_features
         u, v = int(self.basis.U is not None), int(self.basis.V is not None)
-        rotate = 2 * tokens * (u * n**2 + v * m**2) + 3 * tokens * m * n
-        write = 2 * m * n * (u * n + v * m) + tokens * m * n
-        return self.base is None and self.basis.core_shape(m, n) == (m, n) and write < rotate
+        fewer = m * n * (u * n + v * m) < tokens * (u * n**2 + v * m**2 + m * n)
+        return self.base is None and self.basis.core_shape(m, n) == (m, n) and fewer
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """C (r_out, r_in), U, V in `dtype`. Whatever the flags say, of these C alone trains."""
