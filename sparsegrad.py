@@ -233,9 +233,9 @@ def _add_grams(scale: Tensor, gram_in: Tensor, gram_out: Tensor, G: Tensor, mine
         gram.mul_((scale / largest) ** 2)
         if mine and gram.dim() == 1:
             gram.add_(rows.square().sum(1))
-        for i in range(0, len(rows), 512) if mine and gram.dim() == 2 else ():
-            part = slice(i, i + 512)  # of rows, up to the diagonal: eigh reads the lower triangle
-            gram[part, : i + 512].addmm_(rows[part], rows[: i + 512].T)
+        elif mine:
+            for i in range(0, len(rows), 512):  # up to the diagonal: eigh reads no more
+                gram[i : i + 512, : i + 512].addmm_(rows[i : i + 512], rows[: i + 512].T)
     scale.copy_(largest)
 
 def _spectrum(gram: Tensor, rank: int | None, name: str, mine: bool) -> tuple:
@@ -386,8 +386,8 @@ class SparseGradLinear(nn.Module):
         with truncated bases, where `x U` is less to keep than x, nor with a quantised W."""
         m, n = self.out_features, self.in_features
         u, v = int(self.basis.U is not None), int(self.basis.V is not None)
-        fewer = m * n * (u * n + v * m) < tokens * (u * n**2 + v * m**2 + m * n)
-        return self.base is None and self.basis.core_shape(m, n) == (m, n) and fewer
+        write, rotate = m * n * (u * n + v * m), tokens * (u * n**2 + v * m**2 + m * n)  # halved
+        return self.base is None and self.basis.core_shape(m, n) == (m, n) and write < rotate
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """C (r_out, r_in), U, V in `dtype`. Whatever the flags say, of these C alone trains."""

@@ -112,7 +112,7 @@ def test_the_first_cell_fetches_the_project_where_it_is_missing(tmp_path):
     if not (root / ".git").exists():
         pytest.skip("not a git repository, so nothing to clone")
     answer, fetch = code(f"input = lambda prompt: {root.as_uri()!r}"), code(next(iter(CODE.values()))[0].source)
-    after = code("import importlib.util, sparsegrad\nprint(importlib.util.find_spec('common').origin, sparsegrad.__file__)")
+    after = code("import common, sparsegrad\nprint(common.__file__, sparsegrad.__file__)")
     notebook = nbformat.v4.new_notebook(cells=[answer, fetch, after])
     path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
