@@ -371,7 +371,7 @@ def train_head(model: nn.Module, args: argparse.Namespace, folder: pathlib.Path,
     probing = argparse.Namespace(**vars(args) | {"lr": HEAD_RATE, "max_steps": args.head_steps})
     training |= dict(eval_strategy="no", save_strategy="no", lr_scheduler_type="linear")
     make_trainer(model, probing, folder, {"train": rows}, collate, training=training).train()
-    for name in ("forward", "_original_forward"):  # accelerate's, in mixed precision; the search goes without
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # undo mixed precision; the next Trainer sets it anew
         vars(model).pop(name, None)
 
 

@@ -288,11 +288,12 @@ def test_what_a_run_tells_and_keeps(ran):
 
 
 def test_the_head_trains_alone_first_and_the_same_for_every_method(home, monkeypatch):
-    apply, seen = finetune.apply_method, []
+    apply, seen, mixed = finetune.apply_method, [], []
 
     def look(model, *args):
         assert not {"forward", "_original_forward"} & vars(model).keys()  # those of mixed precision
         seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        model.classifier.register_forward_pre_hook(lambda *_: mixed.append(torch.is_autocast_enabled("cpu")))
         return apply(model, *args)
 
     monkeypatch.setattr(finetune, "apply_method", look)
@@ -301,6 +302,7 @@ def test_the_head_trains_alone_first_and_the_same_for_every_method(home, monkeyp
         words = f"--task sst2 --model {home}/bert-base-uncased --data {home}/glue --method {method} --head-steps {options}"
         code, out, err = call(glue_run, *words.split(), "--max-steps", 2, "--output-dir", f"out{number}")
         assert code == 0 and (number == 4 or results(f"out{number}")["steps"] == 2), err
+        assert {*mixed[-3:]} == {"bf16" in str(options)}  # the method's own steps and evaluation
     fresh, probed, again, *_ = seen
     assert {name for name in fresh if not torch.equal(fresh[name], probed[name])} == {"classifier.weight", "classifier.bias"}
     assert (probed["classifier.weight"] - fresh["classifier.weight"]).abs().max() > finetune.HEAD_RATE
