@@ -6,6 +6,7 @@ a model, measures time and memory, goes on with an interrupted run, and writes w
 
 import argparse
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import importlib.util
@@ -370,9 +371,8 @@ def train_head(model: nn.Module, args: argparse.Namespace, folder: pathlib.Path,
         p.requires_grad_(name in head)
     probing = argparse.Namespace(**vars(args) | {"lr": HEAD_RATE, "max_steps": args.head_steps})
     training |= dict(eval_strategy="no", save_strategy="no", lr_scheduler_type="linear")
-    make_trainer(model, probing, folder, {"train": rows}, collate, training=training).train()
-    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # undo mixed precision; the next Trainer sets it anew
-        vars(model).pop(name, None)
+    shell = copy.copy(model)  # of the same modules and parameters: it takes the marks and mixed precision of this Trainer
+    make_trainer(shell, probing, folder, {"train": rows}, collate, training=training).train()
 
 
 def own_rows(batch: list) -> list:
