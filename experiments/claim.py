@@ -100,6 +100,7 @@ ABLATIONS = {  # of one of ABLATED, a thing or two changed in each
     "cross, one pass": f"{CROSS} --basis-steps 120",
     "cross, k shared out": f"{CROSS} @k-shared-out",
     "cross, root rows": f"{CROSS} @root-rows",
+    "cross, corner": f"{CROSS} @corner",
     "cross, mean gradient": f"{CROSS} @mean-gradient",
     "cross, shared": "--method sparsegrad --k 0.01 --rank 256 --support fixed",
     "shared, transposed": f"{COMPARED['sparsegrad']} @transposed",
@@ -116,8 +117,8 @@ AMONG = {  # whose leads are told beside the ablations' results, and over what
     "own": ("sparsegrad",),
     "own, rank 128": ("sparsegrad",),
     "cross": ("sparsegrad", "own, rank 128"),
-    **dict.fromkeys(("cross, complete", "cross, 5 steps", "cross, one pass", "cross, mean gradient", "cross, shared"), ("cross",)),
-    "cross, half moment": ("cross", *PEERS),
+    **dict.fromkeys(("cross, complete", *(change for change in ABLATIONS if change.startswith("cross, "))), ("cross",)),
+    **dict.fromkeys(("cross, one moment", "cross, half moment"), ("cross", *PEERS)),
 }
 SMALL = {  # at 0.1 %, where LoRA's least rank is more than twice as many numbers
     "lora, rank 1": "--method lora --rank 1",

@@ -9,6 +9,7 @@ transposed   U transposed, as in the released code; for complete bases
 refreshed    bases found anew halfway through training, from the weights as they are then
 k-shared-out the k of all layers of a role, with a fixed support, where λ_i μ_j times a layer's energy is largest
 root-rows    a fixed support of the largest λ_i^½ μ_j
+corner       a fixed support of the leading rows and columns, as many of each as should hold most
 mean-gradient  bases and spectra of the mean of the steps' gradients, not of them all
 core-rate=3  the cores' learning rate, in multiples of that of all else that trains
 watched      nothing: but results.json has what the bases hold of gradients at the beginning, the middle and the end
@@ -88,6 +89,16 @@ def with_k_shared_out() -> None:
 def with_root_rows() -> None:
     cross = sparsegrad.hyperbolic_cross
     sparsegrad.hyperbolic_cross = lambda rows, columns, k: cross(rows.sqrt(), columns, k)
+
+
+def with_corner() -> None:
+    from experiments.cross import best_sides, corner  # which imports claim.py, and that this file
+
+    def support(rows, columns, k):
+        mask = corner((len(rows), len(columns)), *best_sides(rows, columns, k))
+        return mask.flatten().nonzero().flatten()
+
+    sparsegrad.hyperbolic_cross = support
 
 
 def with_mean_gradient() -> None:
@@ -227,6 +238,8 @@ def main() -> None:
         with_k_shared_out()
     elif change == "root-rows":
         with_root_rows()
+    elif change == "corner":
+        with_corner()
     elif change == "mean-gradient":
         with_mean_gradient()
     elif change == "watched":
