@@ -124,11 +124,11 @@ def add_options(parser: argparse.ArgumentParser, k: float | int) -> None:
         "bases and the evaluation. The first writes. After Ctrl-C torchrun leaves them 30 seconds to end their step."
     )
     add = parser.add_argument
-    add("--method", choices=METHODS, default="sparsegrad")
+    add("--method", choices=METHODS, default="sparsegrad", help="for accuracy alone lora or meprop are as good")
     add("--target", choices=("mlp", "attention", "all"), default="mlp", help="linears that the method trains; the paper: mlp")
     add("--k", type=share_or_count, help=f"entries of each layer that a step updates: a share or a count; default {k}")
     add("--rank", type=int, help="sparsegrad: columns kept of each basis (default all); lora: its rank (default nearest to k)")
-    support = "the k largest of each gradient, or k fixed: good with --share layer --rank 256"
+    support = "the k largest of each gradient, or k fixed: less memory, with --share layer --rank 256 --k 0.01"
     add("--support", choices=("topk", "fixed"), default="topk", help=support)
     add("--share", choices=("role", "layer"), default="role", help="one basis for all blocks' layers of a role, or one a layer")
     add("--sides", choices=("both", "narrow"), default="both", help="rotate both sides of a gradient, or the shorter alone")
