@@ -4,10 +4,10 @@
 
 MiniLM on Rotten Tomatoes with a fresh and with a trained head (300 steps alone), 32 sentences a step, and the Q4_1
 SmolLM2-135M on its own chats, 2 a step, every sixth block. Only the linears of one target train, at 5e-5. Bases and
-supports come from the first gradients, 30 where nothing else is said. Each holds 1 % of a linear's entries; that the
-attention's have 2 % makes as many. The share of the squared norm that each holds, the mean over the layers: of the
-next 12 gradients after those it is made of, of the mean of these 12, in which noise has less part, and of the 12
-gradients after 120 steps ("later").
+supports come from the first gradients, 30 where nothing else is said. Each holds 1 % of a linear's entries. The
+attention has half as many weights as the MLP, so 2 % of it, or ⅔ % of both kinds, is as many. The share of the squared
+norm that each holds, the mean over the layers: of the next 12 gradients after those it is made of, of the mean of
+these 12, in which noise has less part, and of the 12 gradients after 120 steps ("later").
 """
 
 import json
@@ -149,9 +149,10 @@ def models():
 
     model, tokenizer = minilm()
     data = batches(tokenizer, rotten_tomatoes()["train"], 32)
-    mlp, attention = (finetune.target_linears(model, target) for target in ("mlp", "attention"))
+    mlp, attention, both = (finetune.target_linears(model, target) for target in ("mlp", "attention", "all"))
     yield "MiniLM", model, data, mlp, K
     yield "MiniLM, attention", model, data, attention, 2 * K
+    yield "MiniLM, both", model, data, both, 2 / 3 * K
     optimizer = torch.optim.AdamW(finetune.head_parameters(model).values(), finetune.HEAD_RATE)
     for batch in random.Random(1).choices(data, k=HEAD_STEPS):
         model(**batch).loss.backward()
@@ -167,6 +168,7 @@ def models():
     data = torch.utils.data.DataLoader(rows, 2, collate_fn=transformers.DataCollatorForSeq2Seq(tokenizer))
     yield "SmolLM2", model, data, llama_run.every_nth(model, 6), K
     yield "SmolLM2, attention", model, data, llama_run.every_nth(model, 6, "attention"), 2 * K
+    yield "SmolLM2, both", model, data, llama_run.every_nth(model, 6, "all"), 2 / 3 * K
 
 
 def tables(measured: dict) -> str:

@@ -221,6 +221,8 @@ def test_what_a_cross_holds():
         assert ("best k" in name and "no basis" not in name) == (shares[0] > ideal + 0.03), name
     assert found["corner, square"][0] < found["corner, a rank for each side"][0] + 0.01 < found["cross"][0]
     assert found["largest measured energy, no basis"][0] < 0.1
+    assert cross.best_sides(torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.3, 0.2]), 3) == (1, 3)
+    assert cross.best_sides(torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1]), 2) == (2, 1)
     small = grads[:, :, :140] / 100  # of a layer that gets few of the entries shared out
     layers = [grads, torch.cat((small, small), 2)]
     equal, shared_out = cross.pooled(layers, [own, cross.Bases(layers[1][:30])], k)

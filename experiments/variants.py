@@ -17,7 +17,8 @@ dora, shira, vera, prefix    with `--method lora`: another method of PEFT, at th
              below it; prefix tuning of BERT needs transformers 4
 
 Such a run is there to be measured. `--resume` goes on without the change. The adapter of a refreshed run fits the
-weights as they were halfway; `--merge` has all that was learned.
+weights as they were halfway; `--merge` has all that was learned. That of a corner has up to a side's entries less than k,
+and does not load.
 """
 
 import copy
