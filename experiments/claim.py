@@ -393,23 +393,27 @@ def verdict(leads: list[float]) -> str:
 
 
 def figure(study: Study, path: pathlib.Path) -> None:
-    """A panel a column: every seed a dot, their mean a bar, a row a method; right is better. What is undefined has neither."""
+    """A panel a column: every seed a dot, their mean a bar, a row a method; right is better. What is undefined has neither.
+    OF_PEFT would be too far away to see the others apart."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {column: {m: of for m in COMPARED if (of := study.outcome((*column, m)))} for column in FRESH}
+    drawn = [method for method in COMPARED if method not in OF_PEFT]
+    panels = {column: {m: of for m in drawn if (of := study.outcome((*column, m)))} for column in FRESH}
     panels = {column: found for column, found in panels.items() if len(found) > 1}
-    names = [method for method in COMPARED if any(method in found for found in panels.values())]
+    names = [method for method in drawn if any(method in found for found in panels.values())]
     wide = min(len(panels), 4)
     high = math.ceil(len(panels) / wide)
-    drawn, axes = plt.subplots(high, wide, figsize=(1.2 + 2.4 * wide, 2.4 * high), layout="constrained", sharey=True, squeeze=False)
+    picture, axes = plt.subplots(
+        high, wide, figsize=(1.2 + 2.4 * wide, 2.4 * high), layout="constrained", sharey=True, squeeze=False
+    )
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     for ax, (column, found) in zip(axes.flat, panels.items()):
         for method, of in found.items():
-            at, color = names.index(method), "#000000" if method in (*PEERS, *OF_PEFT) else "#d95f02"
+            at, color = names.index(method), "#000000" if method in PEERS else "#d95f02"
             ax.plot(of, [at] * len(of), "o", color=color, alpha=0.5, markersize=5)
             ax.plot([statistics.mean(of)] * 2, [at - 0.3, at + 0.3], color=color, linewidth=2)
         ax.set_title(head(column), fontsize="small")
@@ -419,7 +423,7 @@ def figure(study: Study, path: pathlib.Path) -> None:
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(alpha=0.3)
-    drawn.savefig(path, dpi=110)
+    picture.savefig(path, dpi=110)
 
 
 def main() -> None:
