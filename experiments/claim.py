@@ -400,15 +400,13 @@ def figure(study: Study, path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawn = [method for method in COMPARED if method not in OF_PEFT]
-    panels = {column: {m: of for m in drawn if (of := study.outcome((*column, m)))} for column in FRESH}
+    shown = [method for method in COMPARED if method not in OF_PEFT]
+    panels = {column: {m: of for m in shown if (of := study.outcome((*column, m)))} for column in FRESH}
     panels = {column: found for column, found in panels.items() if len(found) > 1}
-    names = [method for method in drawn if any(method in found for found in panels.values())]
+    names = [method for method in shown if any(method in found for found in panels.values())]
     wide = min(len(panels), 4)
     high = math.ceil(len(panels) / wide)
-    picture, axes = plt.subplots(
-        high, wide, figsize=(1.2 + 2.4 * wide, 2.4 * high), layout="constrained", sharey=True, squeeze=False
-    )
+    drawn, axes = plt.subplots(high, wide, figsize=(1.2 + 2.4 * wide, 2.4 * high), layout="constrained", sharey=True, squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     for ax, (column, found) in zip(axes.flat, panels.items()):
@@ -423,7 +421,7 @@ def figure(study: Study, path: pathlib.Path) -> None:
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(alpha=0.3)
-    picture.savefig(path, dpi=110)
+    drawn.savefig(path, dpi=110)
 
 
 def main() -> None:

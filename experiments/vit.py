@@ -24,9 +24,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, DINOv2'
 def parse():
     parser = finetune.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--image-size", type=int, default=84, help="pixels a side, as the model sees them")
-    parser.add_argument(
-        "--head-steps", type=int, default=0, help="first train the head alone for N steps; 100 helped on images", metavar="N"
-    )
+    parser.add_argument("--head-steps", type=int, default=0, help="first train the head alone for N steps; 100 helped", metavar="N")
     return other_models.parse(parser, batch_size=32, epochs=1.0)
 
 
