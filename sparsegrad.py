@@ -189,7 +189,7 @@ def find_bases(model: nn.Module, batches: Iterable, target_modules: Targets = No
     The left singular vectors of an unfolding are the eigenvectors of its Gram matrix, a sum
     over the gradients: `Σ G Gᵀ` (out, out) gives V, `Σ Gᵀ G` (in, in) gives U. A twin of the
     model trains its MLP linears alone by AdamW, in train mode; the model is not touched.
-    n_steps, lr: 30 and 5e-5 by default; lr 0 stays at the pretrained weights.
+    n_steps, lr: 30, or all batches, and 5e-5 by default; lr 0 stays at the pretrained weights.
     share: "role", one basis for all blocks' layers of a role, as in the paper; "layer", one each.
     sides: "both"; "narrow", only the shorter side of each weight (input, of a square one).
     rank: columns to keep, all of a shorter side; None: all (complete bases, as in the paper).
